@@ -1,0 +1,209 @@
+"""The batch plan: which rows of a step are live, where each is stored, every virtual key position.
+
+A step brings *virtual rows*, one per scheduled position, numbered as the unreduced model numbers them.
+A tier computes only *live rows*: all text rows and, of an image, its live (lower tier) or kept (upper
+tier) tokens. ``row_of`` leads from a virtual row to the live row that stands for it, which is all that
+compaction, attention at virtual positions and the way back to virtual rows need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .pages import COUNT, START, held_patches, row_facts
+
+
+@dataclass
+class StepImages:
+    """The images of one step.
+
+    Attributes:
+        first_row: int64 [images], virtual row of each image's patch 0; its patches follow in order.
+        owner: int64 [images, patches], the live token (0 .. n-1) that holds each patch.
+
+    """
+
+    first_row: torch.Tensor
+    owner: torch.Tensor
+
+    @property
+    def patch_rows(self) -> torch.Tensor:
+        """int64 [images, patches]: the virtual row of every patch."""
+        patches = torch.arange(self.owner.shape[1], device=self.owner.device)
+        return self.first_row[:, None] + patches
+
+    @property
+    def live_counts(self) -> torch.Tensor:
+        """int64 [images]: live tokens of each image."""
+        return self.owner.amax(dim=1) + 1
+
+
+@dataclass
+class RowPlan:
+    """Which rows a tier computes in a step.
+
+    Attributes:
+        rows: int64 [R], virtual row each live row is taken from.
+        row_of: int64 [N], live row that stands for each virtual row, -1 where it was dropped.
+        stored_at: int64 [R], virtual row whose slot keeps the live row's keys and values.
+        image: int64 [R], image of the step a row belongs to, -1 for text.
+
+    """
+
+    rows: torch.Tensor
+    row_of: torch.Tensor
+    stored_at: torch.Tensor
+    image: torch.Tensor
+
+
+def plan_live_rows(num_rows: int, images: StepImages) -> RowPlan:
+    """The lower tier's rows: all text and the live tokens of every image (design: holes after n slots).
+
+    Args:
+        num_rows: virtual rows of the step, N.
+        images: the images of the step, each wholly inside it.
+
+    Returns:
+        The plan; row_of has no -1, since merging loses no patch.
+
+    """
+    device = images.owner.device
+    patches = images.owner.shape[1]
+    patch_rows = images.patch_rows
+    image_of = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+    numbers = torch.arange(images.owner.shape[0], device=device)[:, None].expand_as(patch_rows)
+    image_of[patch_rows] = numbers
+    live = torch.ones(num_rows, dtype=torch.bool, device=device)
+    live[patch_rows] = torch.arange(patches, device=device) < images.live_counts[:, None]
+    compact = live.cumsum(0) - 1
+    row_of = compact.clone()
+    row_of[patch_rows] = compact[images.first_row][:, None] + images.owner
+    rows = live.nonzero()[:, 0]
+    return RowPlan(rows=rows, row_of=row_of, stored_at=rows, image=image_of[rows])
+
+
+def plan_kept_rows(lower: RowPlan, images: StepImages, keep: torch.Tensor) -> RowPlan:
+    """The upper tier's rows: the lower tier's without the image tokens FastV dropped.
+
+    Args:
+        lower: the lower tier's plan of the same step.
+        images: the images of the step.
+        keep: bool [R of lower], true for every text row and every kept live token.
+
+    Returns:
+        The plan; kept tokens of an image move up to its first slots, in their old order.
+
+    """
+    compact = keep.cumsum(0) - 1
+    row_of = torch.where(keep[lower.row_of], compact[lower.row_of], -1)
+    kept = keep.nonzero()[:, 0]
+    image = lower.image[kept]
+    # Rank of a kept token inside its image: kept rows before it less kept rows before its image.
+    first_live = lower.row_of.new_zeros(images.first_row.shape[0])
+    first_live += torch.searchsorted(lower.rows, images.first_row)
+    before_image = compact[first_live] - keep[first_live].long() + 1
+    is_image = image >= 0
+    at = image.clamp(min=0)
+    rank = torch.arange(kept.shape[0], device=kept.device) - before_image[at]
+    stored_at = torch.where(is_image, images.first_row[at] + rank, lower.rows[kept])
+    return RowPlan(rows=lower.rows[kept], row_of=row_of, stored_at=stored_at, image=image)
+
+
+def plan_facts(plan: RowPlan, images: StepImages, positions: torch.Tensor) -> torch.Tensor:
+    """Page facts to store with a tier's rows.
+
+    Args:
+        plan: the tier's rows.
+        images: the images of the step.
+        positions: int64 [N], virtual position of each virtual row.
+
+    Returns:
+        int32 [R, words].
+
+    """
+    return row_facts(
+        plan.rows.shape[0], plan.row_of, images.patch_rows, positions[images.first_row], plan.image
+    )
+
+
+@dataclass
+class VirtualKeys:
+    """The virtual key lists of a batch of requests, in the order rows stand in the pages.
+
+    Attributes:
+        row_ptr: int64 [requests + 1], a request's stretch of rows.
+        row_page: int64 [rows], page row of each row: block * rows_per_block + offset.
+        row_image: bool [rows], whether the row is an image token (its key is stored unrotated).
+        member_ptr: int64 [rows + 1], a row's stretch of members.
+        member_pos: int64 [keys], the virtual positions a row stands at, ascending inside a row.
+
+    """
+
+    row_ptr: torch.Tensor
+    row_page: torch.Tensor
+    row_image: torch.Tensor
+    member_ptr: torch.Tensor
+    member_pos: torch.Tensor
+
+
+def walk_pages(
+    facts: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    patches: int,
+    rows_per_block: int,
+) -> VirtualKeys:
+    """Read every request's virtual key list from its live pages (the readable reference).
+
+    Args:
+        facts: int32 [blocks, block_size, words], the tier's page facts.
+        block_table: int32 [requests, blocks per request]; entries inside holes may be stale and are
+            never read.
+        seq_lens: int [requests], virtual length of each request.
+        patches: patches of an image.
+        rows_per_block: page rows between two blocks of one layer.
+
+    Returns:
+        The key lists.
+
+    Raises:
+        RuntimeError: a page holds another request's image.
+
+    """
+    block_size = facts.shape[1]
+    keys: dict[str, list] = {"row_ptr": [0], "row_page": [], "row_image": [], "member_ptr": [0], "member_pos": []}
+
+    def add(slot: int, table: list[int], is_image: bool, members: list[int]) -> None:
+        keys["row_page"].append(table[slot // block_size] * rows_per_block + slot % block_size)
+        keys["row_image"].append(is_image)
+        keys["member_pos"].extend(members)
+        keys["member_ptr"].append(len(keys["member_pos"]))
+
+    for table, length in zip(block_table.tolist(), seq_lens.tolist(), strict=True):
+        position = 0
+        while position < length:
+            head = facts[table[position // block_size], position % block_size]
+            start = int(head[START])
+            if start == 0:
+                add(position, table, False, [position])
+                position += 1
+                continue
+            if start - 1 != position:
+                raise RuntimeError(
+                    f"page facts of slot {position} name image start {start - 1}: the page holds another "
+                    "request's data"
+                )
+            for slot in range(position, position + int(head[COUNT])):
+                mine = facts[table[slot // block_size], slot % block_size]
+                add(slot, table, True, [position + p for p in held_patches(mine, patches)])
+            position += patches
+        keys["row_ptr"].append(len(keys["row_page"]))
+    tensors = {
+        name: torch.tensor(values, dtype=torch.bool if name == "row_image" else torch.int64)
+        for name, values in keys.items()
+    }
+    return VirtualKeys(**tensors)
+
+

@@ -1,0 +1,179 @@
+"""vLLM's scheduler, taught which blocks of a request are holes.
+
+Requests keep their virtual lengths, so scheduling is vLLM's. Three things are added: an image is never
+split over steps, a prompt that will be pruned is prefilled in one step that ends at its last position,
+and after the step that filled an image the blocks inside its holes go back to the pool.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from .config import live_to_kept
+from .settings import hybrid_config, num_patches
+from .tiers import LowerTierSpec, Tier, TierManager
+
+LIVE_COUNTS = "hybrid_live_counts"
+_REMEMBERED_IMAGES = 1 << 20
+
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class HoleReclaim(_Base):
+    """Mixed into vLLM's schedulers, before them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        hf_config = self.vllm_config.model_config.hf_config
+        self.hybrid = hybrid_config(hf_config)
+        self.patches = num_patches(hf_config)
+        self.tier_managers: dict[Tier, TierManager] = {
+            Tier.LOWER if isinstance(manager.kv_cache_spec, LowerTierSpec) else Tier.UPPER: manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, TierManager)
+        }
+        # Kept longer than the encoder cache keeps features: a cached image is not counted again.
+        self.live_counts: OrderedDict[str, int] = OrderedDict()
+        self.given_back: set[str] = set()
+        self.totals: Counter[str] = Counter()
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        shift_computed_tokens: int = 0,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """vLLM's choice of images to encode, on a stretch of the prompt that may be computed at once."""
+        wanted = self._whole(request, num_computed_tokens, num_new_tokens)
+        result = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, wanted, encoder_compute_budget, shift_computed_tokens
+        )
+        granted = self._whole(request, num_computed_tokens, result[1])
+        if granted == result[1]:
+            return result
+        # The encoder has no room for all images of the stretch: stop before the first one, and encode
+        # only what the shorter stretch needs.
+        return super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, granted, encoder_compute_budget, shift_computed_tokens
+        )
+
+    def _whole(self, request: Request, computed: int, new: int) -> int:
+        """Shorten a stretch of a request so that it may be computed in one step.
+
+        Args:
+            request: the request.
+            computed: virtual positions already computed.
+            new: virtual positions on offer.
+
+        Returns:
+            Positions to compute: no image is cut, and when tokens are pruned a stretch with an image ends
+            exactly at the prompt's end, or else before the first image.
+
+        """
+        end = computed + new
+        inside = [
+            feature.mm_position
+            for feature in request.mm_features
+            if computed <= feature.mm_position.offset < end
+        ]
+        if not inside:
+            return new
+        if self.hybrid.prunes:
+            prompt_end = request.num_prompt_tokens
+            return prompt_end - computed if end >= prompt_end else inside[0].offset - computed
+        cut = [p.offset for p in inside if p.offset + p.length > end]
+        return min([end, *cut]) - computed
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """vLLM's update, then the holes of the images this step filled."""
+        for image, count in getattr(model_runner_output, LIVE_COUNTS, {}).items():
+            self.live_counts[image] = count
+            self.live_counts.move_to_end(image)
+        while len(self.live_counts) > _REMEMBERED_IMAGES:
+            self.live_counts.popitem(last=False)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(request_id)
+            if request is not None and request.mm_features and request_id not in self.given_back:
+                self._give_back_holes(request, scheduler_output.num_scheduled_tokens[request_id])
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _give_back_holes(self, request: Request, in_this_step: int) -> None:
+        """Free the blocks inside the holes of all images that steps up to this one have filled.
+
+        Called before vLLM counts this step as processed, so that a request that stops with this very
+        step is counted too.
+        """
+        if request.is_finished() or request.num_stale_output_tokens > 0:
+            return
+        processed = request.num_computed_tokens - request.num_in_flight_tokens + in_this_step
+        done = True
+        for feature in request.mm_features:
+            start = feature.mm_position.offset
+            live = self.live_counts.get(feature.identifier)
+            if live is None or start + self.patches > processed:
+                done = False
+                continue
+            slots = {Tier.LOWER: live, Tier.UPPER: live_to_kept(live, self.hybrid.fastv_ratio)}
+            for tier, manager in self.tier_managers.items():
+                self.totals["blocks_given_back"] += manager.give_back(
+                    request.request_id, start + slots[tier], start + self.patches
+                )
+        if not done:
+            return
+        self.given_back.add(request.request_id)
+        if request.num_preemptions == 0:
+            self._count(request)
+
+    def _count(self, request: Request) -> None:
+        live = [self.live_counts[f.identifier] for f in request.mm_features]
+        self.totals["images"] += len(live)
+        self.totals["patches"] += len(live) * self.patches
+        self.totals["live_tokens"] += sum(live)
+        self.totals["kept_tokens"] += sum(live_to_kept(n, self.hybrid.fastv_ratio) for n in live)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """Forget a finished or preempted request's holes with its blocks."""
+        self.given_back.discard(request.request_id)
+        super()._free_request_blocks(request)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's statistics, with this scheduler's running totals.
+
+        They travel in the LoRA map, the one open mapping of the message that nobody reads here: LoRA is
+        refused. ``vllm_hybrid.metrics`` takes them out again.
+        """
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.running_lora_adapters = {f"vllm_hybrid:{name}": n for name, n in self.totals.items()}
+        return stats
+
+
+class HybridScheduler(HoleReclaim, Scheduler):
+    """The scheduler that waits for each step."""
+
+
+class HybridAsyncScheduler(HoleReclaim, AsyncScheduler):
+    """The scheduler that runs one step ahead."""
+
+
+def make_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Scheduler:
+    """The scheduler for a configuration; whether it is asynchronous is decided after the class is named."""
+    chosen = HybridAsyncScheduler if vllm_config.scheduler_config.async_scheduling else HybridScheduler
+    return chosen(vllm_config, *args, **kwargs)

@@ -1,0 +1,147 @@
+"""One step of the language model in terms of live rows: from the runner's metadata to tier batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+from .attention import HybridMetadata, Implementation
+from .choosing import choose
+from .pages import START, new_page_facts
+from .planning import RowPlan, StepImages, plan_facts, plan_kept_rows, plan_live_rows
+from .unmerging import TierBatch, page_rows
+
+
+@dataclass
+class TierPages:
+    """A tier's page facts and how its slots map to page rows; made when its KV cache is first seen."""
+
+    patches: int
+    facts: torch.Tensor | None = None
+    block_size: int = 0
+    rows_per_block: int = 0
+    _bound_to: int = field(default=0, repr=False)
+
+    def bind(self, kv_cache: torch.Tensor) -> None:
+        """Make room for the facts of a layer's pages [blocks, kv_heads, block_size, 2 * head_size]."""
+        if self._bound_to == kv_cache.data_ptr():
+            return
+        blocks, _, self.block_size, _ = kv_cache.shape
+        _, self.rows_per_block = page_rows(kv_cache)
+        self.facts = new_page_facts(blocks, self.block_size, self.patches, kv_cache.device)
+        self._bound_to = kv_cache.data_ptr()
+
+
+def text_rows(num_rows: int, device: torch.device) -> RowPlan:
+    """The plan of a step without images: every virtual row is live."""
+    rows = torch.arange(num_rows, device=device)
+    return RowPlan(rows=rows, row_of=rows, stored_at=rows, image=torch.full_like(rows, -1))
+
+
+@dataclass
+class Step:
+    """What is known about a step before its layers run.
+
+    Attributes:
+        positions: int64 [N], virtual position of each virtual row.
+        query_start: virtual rows of request r are query_start[r] .. query_start[r + 1].
+        images: the images whose patches are in the step, None where there are none.
+        prunes: whether image tokens are ranked and dropped after the lower tier.
+
+    """
+
+    positions: torch.Tensor
+    query_start: list[int]
+    images: StepImages | None
+    prunes: bool
+
+    def lower_plan(self) -> RowPlan:
+        """The live rows."""
+        if self.images is None:
+            return text_rows(self.query_start[-1], self.positions.device)
+        return plan_live_rows(self.query_start[-1], self.images)
+
+    def ranked_requests(self) -> list[int]:
+        """Requests whose last query ranks image tokens: those with an image in the step.
+
+        The scheduler ends such a step at the prompt's last position.
+        """
+        if self.images is None or not self.prunes:
+            return []
+        starts = torch.tensor(self.query_start[1:], device=self.images.first_row.device)
+        return torch.searchsorted(starts, self.images.first_row, right=True).unique().tolist()
+
+    def upper_plan(self, lower: RowPlan, batch: TierBatch, ratio: float, heads: int) -> RowPlan:
+        """The rows FastV keeps.
+
+        Args:
+            lower: the live rows.
+            batch: the lower tier's batch, its ``mass`` filled by the ranking layer.
+            ratio: share of each image's live tokens to drop, R.
+            heads: attention heads over all ranks.
+
+        Returns:
+            The upper tier's rows; those of the lower tier where the step has no image.
+
+        """
+        if self.images is None:
+            return lower
+        assert batch.mass is not None, "the ranking layer runs before the choice"
+        mass = batch.mass
+        if get_tensor_model_parallel_world_size() > 1:
+            mass = tensor_model_parallel_all_reduce(mass)
+        importance = mass / heads
+        # A prompt may end in an image; the row that answers for its last position has to live on.
+        last = torch.tensor([self.query_start[r + 1] - 1 for r in batch.ranked], device=mass.device)
+        importance[lower.row_of[last]] = float("inf")
+        is_image = lower.image >= 0
+        keep = ~is_image
+        keep[is_image] = choose(importance[is_image], self.images.live_counts, ratio)
+        return plan_kept_rows(lower, self.images, keep)
+
+    def tier_batch(
+        self, plan: RowPlan, metadata: HybridMetadata, pages: TierPages, implementation: Implementation
+    ) -> TierBatch:
+        """Store a tier's page facts and read every request's key list back.
+
+        Args:
+            plan: the tier's rows.
+            metadata: the runner's metadata of the tier; receives the batch and its plan.
+            pages: the tier's pages, bound to its cache.
+            implementation: who attends.
+
+        Returns:
+            The batch, also left in ``metadata``.
+
+        """
+        assert pages.facts is not None
+        common = metadata.common
+        slots = common.slot_mapping[: self.query_start[-1]][plan.stored_at].long()
+        facts = pages.facts.view(-1, pages.facts.shape[2])
+        # Block 0 is vLLM's null block: padding and capture rows point there and must say nothing.
+        real = slots >= pages.block_size
+        if self.images is None:
+            facts[slots[real], START] = 0
+        else:
+            facts[slots[real]] = plan_facts(plan, self.images, self.positions)[real]
+        slots = slots.clamp(min=0)
+        requests = len(self.query_start) - 1
+        keys = implementation.walk_pages(
+            pages.facts,
+            common.block_table_tensor[:requests],
+            common.seq_lens[:requests],
+            pages.patches,
+            pages.rows_per_block,
+        )
+        batch = TierBatch(
+            plan=plan,
+            positions=self.positions,
+            query_start=self.query_start,
+            page_slots=slots // pages.block_size * pages.rows_per_block + slots % pages.block_size,
+            keys=keys,
+            ranked=self.ranked_requests(),
+        )
+        metadata.batch, metadata.plan = batch, implementation.plan(batch)
+        return batch

@@ -1,0 +1,91 @@
+"""vLLM's CLIP tower with DToMe between attention and MLP of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.models.clip import CLIPAttention, CLIPVisionModel
+
+from .merging import PackedTokens, log_size_bias, merge, pad, unpad
+
+
+@dataclass
+class MergedImages:
+    """Live tokens of a batch of images after the tower.
+
+    Attributes:
+        features: [live, channels], all images' live tokens, class tokens left out.
+        image: int64 [live], the image of each.
+        rank: int64 [live], its number inside the image, 0 .. n - 1.
+        owner: int64 [images, patches], the live token that holds each patch.
+
+    """
+
+    features: torch.Tensor
+    image: torch.Tensor
+    rank: torch.Tensor
+    owner: torch.Tensor
+
+
+def encode_merged(
+    tower: CLIPVisionModel, pixel_values: torch.Tensor, thresholds: Sequence[float | None], patches: int
+) -> MergedImages:
+    """Run the tower's executed layers, merging tokens in each (design section 1, DToMe).
+
+    Args:
+        tower: the tower, built up to the feature layer.
+        pixel_values: [images, 3, height, width].
+        thresholds: one per executed layer; None merges nothing there. Empty: nothing merges at all.
+        patches: patches per image.
+
+    Returns:
+        The live tokens at the feature layer.
+
+    """
+    model = tower.vision_model
+    hidden = model.pre_layrnorm(model.embeddings(pixel_values.to(model.dtype)))
+    tokens = PackedTokens.start(hidden)
+    layers = model.encoder.layers
+    for layer, threshold in zip(layers, thresholds or [None] * len(layers), strict=True):
+        attended, metric = _attend(layer.self_attn, layer.layer_norm1(tokens.hidden), tokens, threshold is not None)
+        tokens.hidden = tokens.hidden + attended
+        if threshold is not None:
+            tokens = merge(tokens, metric, threshold)
+        tokens.hidden = tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden))
+    return _without_class_tokens(tokens, patches)
+
+
+def _attend(
+    attention: CLIPAttention, hidden: torch.Tensor, tokens: PackedTokens, wants_metric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Proportional attention inside every image, and the merge metric: keys averaged over all heads."""
+    heads, head_dim = attention.num_heads_per_partition, attention.head_dim
+    qkv, _ = attention.qkv_proj(hidden)
+    query, key, value = (
+        pad(x, tokens).unflatten(-1, (heads, head_dim)).transpose(1, 2) for x in qkv.chunk(3, dim=-1)
+    )
+    bias = log_size_bias(tokens)
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=None if bias is None else bias.to(query.dtype), scale=attention.scale
+    )
+    out, _ = attention.out_proj(unpad(mixed.transpose(1, 2).flatten(-2), tokens))
+    if not wants_metric:
+        return out, out
+    metric = qkv.chunk(3, dim=-1)[1].unflatten(-1, (heads, head_dim)).float().sum(dim=-2)
+    if attention.tp_size > 1:
+        metric = tensor_model_parallel_all_reduce(metric)
+    return out, metric / (heads * attention.tp_size)
+
+
+def _without_class_tokens(tokens: PackedTokens, patches: int) -> MergedImages:
+    device = tokens.hidden.device
+    image = torch.arange(tokens.lengths.shape[0], device=device).repeat_interleave(tokens.lengths)
+    starts = tokens.lengths.cumsum(0) - tokens.lengths
+    rank = torch.arange(image.shape[0], device=device) - starts[image] - 1
+    live = rank >= 0
+    assert tokens.owner.shape[1] == patches
+    return MergedImages(tokens.hidden[live], image[live], rank[live], tokens.owner)
