@@ -11,6 +11,8 @@ from typing import Any
 KNOWN_KEYS = ("thresholds", "default_level", "level", "fastv_layer", "fastv_ratio")
 DEFAULT_FASTV_LAYER = 2
 
+Thresholds = tuple[float | None, ...]
+
 
 @dataclass(frozen=True)
 class HybridConfig:
@@ -22,13 +24,15 @@ class HybridConfig:
         fastv_layer: K, the decoder layer before which image tokens are dropped.
         fastv_ratio: R, the share of an image's live tokens to drop; 0 drops none.
         level: name of the threshold level in use, where the section has named levels.
+        levels: all named levels of the section, in its order.
 
     """
 
-    thresholds: tuple[float | None, ...] | None = None
+    thresholds: Thresholds | None = None
     fastv_layer: int = DEFAULT_FASTV_LAYER
     fastv_ratio: float = 0.0
     level: str | None = None
+    levels: tuple[str, ...] = ()
 
     @property
     def merges(self) -> bool:
@@ -55,7 +59,7 @@ class HybridConfig:
             decoder_layers: layers of the language model.
 
         Returns:
-            The configuration.
+            The configuration. A ``fastv_layer`` that is left out is not checked while nothing is pruned.
 
         Raises:
             ValueError: a key is unknown or a value is wrong; one sentence says which and why.
@@ -64,52 +68,52 @@ class HybridConfig:
         if section is None:
             return cls()
         if not isinstance(section, dict):
-            raise ValueError(f"hybrid must be an object or null, not {section!r}; see the configuration table")
+            known = ", ".join(KNOWN_KEYS)
+            raise ValueError(f"hybrid is {section!r}; give an object with keys from {known}, or null")
         for key in section:
             if key not in KNOWN_KEYS:
                 raise ValueError(f"hybrid.{key} is not a known key; use one of {', '.join(KNOWN_KEYS)}")
-        thresholds, level = _pick_level(section)
-        return cls(
-            thresholds=_parse_thresholds(thresholds, level, vision_layers),
-            fastv_layer=_parse_layer(section.get("fastv_layer", DEFAULT_FASTV_LAYER), decoder_layers),
-            fastv_ratio=_parse_ratio(section.get("fastv_ratio", 0)),
-            level=level,
-        )
+        thresholds, level, levels = _parse_levels(section, vision_layers)
+        ratio = _parse_ratio(section.get("fastv_ratio", 0))
+        layer = section.get("fastv_layer", DEFAULT_FASTV_LAYER)
+        if ratio > 0 or "fastv_layer" in section:
+            layer = _parse_layer(layer, decoder_layers)
+        return cls(thresholds, layer, ratio, level, levels)
 
 
-def _pick_level(section: dict[str, Any]) -> tuple[Any, str | None]:
-    thresholds = section.get("thresholds")
-    wanted = section.get("level") or section.get("default_level")
-    if not isinstance(thresholds, dict):
-        if wanted is not None:
-            raise ValueError(
-                f"hybrid.level or default_level is {wanted!r}, but hybrid.thresholds has no named levels; remove it"
-            )
-        return thresholds, None
-    if not thresholds:
-        raise ValueError("hybrid.thresholds is an empty object; give levels or null")
-    if wanted is None:
-        if len(thresholds) > 1:
-            raise ValueError(
-                f"hybrid.default_level is missing; set it to one of {', '.join(map(str, thresholds))}"
-            )
-        wanted = next(iter(thresholds))
-    if wanted not in thresholds:
-        raise ValueError(
-            f"hybrid level {wanted!r} is not among hybrid.thresholds' {', '.join(map(str, thresholds))}; pick one"
-        )
-    return thresholds[wanted], wanted
+def _parse_levels(
+    section: dict[str, Any], layers: int
+) -> tuple[Thresholds | None, str | None, tuple[str, ...]]:
+    """The thresholds in use, the name of their level and the names of all levels."""
+    value = section.get("thresholds")
+    choices = {key: section[key] for key in ("default_level", "level") if section.get(key) is not None}
+    if not isinstance(value, dict):
+        for key, name in choices.items():
+            raise ValueError(f"hybrid.{key} is {name!r}, but hybrid.thresholds has no levels; remove it")
+        return _parse_thresholds(value, "hybrid.thresholds", layers), None, ()
+    names = ", ".join(map(str, value))
+    if not value:
+        raise ValueError("hybrid.thresholds is an empty object; give named levels, one list, or null")
+    if len(value) > 1 and "default_level" not in choices:
+        raise ValueError(f"hybrid.default_level is missing; set it to one of the levels {names}")
+    for key, name in choices.items():
+        if not isinstance(name, str) or name not in value:
+            raise ValueError(f"hybrid.{key} is {name!r}, which is no level of hybrid.thresholds; use {names}")
+    # All levels are read, so that a mistake in one that is not in use shows at once.
+    parsed = {name: _parse_thresholds(v, f"hybrid.thresholds.{name}", layers) for name, v in value.items()}
+    level = choices.get("level", choices.get("default_level", next(iter(value))))
+    return parsed[level], level, tuple(parsed)
 
 
-def _parse_thresholds(value: Any, level: str | None, layers: int) -> tuple[float | None, ...] | None:
-    name = "hybrid.thresholds" + (f".{level}" if level else "")
+def _parse_thresholds(value: Any, name: str, layers: int) -> Thresholds | None:
     if value is None:
         return None
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name} must be a list of {layers} numbers, levels of such lists, or null, not {value!r}")
+        raise ValueError(f"{name} is {value!r}; give a list of {layers} numbers, or null for no merging")
     if len(value) != layers:
         raise ValueError(
-            f"{name} has {len(value)} entries, but the vision tower executes {layers} layers; give one per layer"
+            f"{name} has {len(value)} entries, but the vision tower executes {layers} layers; "
+            "give one entry per layer"
         )
     return tuple(_parse_threshold(t, f"{name}[{i}]") for i, t in enumerate(value))
 
@@ -117,24 +121,34 @@ def _parse_thresholds(value: Any, level: str | None, layers: int) -> tuple[float
 def _parse_threshold(value: Any, name: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if not _is_number(value) or math.isnan(value):
         raise ValueError(f"{name} is {value!r}; give a number, or null for no merging in that layer")
     return None if value == math.inf else float(value)
 
 
 def _parse_layer(value: Any, layers: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < layers:
-        raise ValueError(
-            f"hybrid.fastv_layer is {value!r}; give a whole number from 1 to {layers - 1}, inside the "
-            f"{layers} decoder layers"
-        )
+        range_ = f"give a whole number from 1 to {layers - 1}"
+        advice = range_ if layers > 1 else "leave fastv_layer and fastv_ratio out"
+        raise ValueError(f"hybrid.fastv_layer is {value!r}, but the decoder has {layers} layers; {advice}")
     return value
 
 
 def _parse_ratio(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if not _is_number(value) or not 0 <= value < 1:
         raise ValueError(f"hybrid.fastv_ratio is {value!r}; give a number from 0 up to but not including 1")
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether value is a number that a float can hold; JSON's true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -143,4 +157,4 @@ def live_to_kept(live: int, ratio: float) -> int:
 
     The ratio counts as the decimal it was written as, so that 0.9 of 10 leaves 1, not 2.
     """
-    return max(1, math.ceil((1 - Fraction(repr(ratio))) * live))
+    return max(1, math.ceil((1 - Fraction(repr(float(ratio)))) * live))

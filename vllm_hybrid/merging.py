@@ -1,15 +1,55 @@
 """DToMe: dynamic token merging, packed over the images of a batch (DyMU, arXiv 2504.17040, section 3.1).
 
-Images keep their own token counts; their tokens lie one after the other, class token first. All steps
-work on a padded view [images, longest, ...]; no loop runs over images.
+Every image keeps its own number of tokens; they lie one image after the other, class token first. The
+work is done on a padded view [images, longest, ...]; no loop runs over images. The tower's attention
+uses the same view.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How packed tokens and the padded view belong together; made once after each merge.
+
+    Attributes:
+        lengths: tokens per image, on the host.
+        place: int64 [T], index of each packed token in the flattened padded view; None where all images
+            are equally long, so that both are the same memory.
+
+    """
+
+    lengths: tuple[int, ...]
+    place: torch.Tensor | None
+
+    @classmethod
+    def of(cls, lengths: torch.Tensor) -> Layout:
+        """The layout of int64 [images] tokens per image; reads them from the device once."""
+        on_host = tuple(lengths.tolist())
+        longest, total = max(on_host, default=0), sum(on_host)
+        if total == longest * len(on_host):
+            return cls(on_host, None)
+        image = torch.arange(len(on_host), device=lengths.device)
+        # Token t of an image starting at s stands at image * longest + t - s.
+        shift = image * longest - (lengths.cumsum(0) - lengths)
+        place = torch.arange(total, device=lengths.device)
+        return cls(on_host, place + shift.repeat_interleave(lengths, output_size=total))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest image, the padded view's length."""
+        return max(self.lengths, default=0)
+
+    @property
+    def total(self) -> int:
+        """Tokens of all images."""
+        return sum(self.lengths)
 
 
 @dataclass
@@ -22,6 +62,7 @@ class PackedTokens:
         lengths: int64 [images], tokens per image, class token included.
         owner: int64 [images, P], number (0 .. n - 1, class token not counted) of the live token that
             holds each patch.
+        layout: follows from lengths.
 
     """
 
@@ -29,8 +70,11 @@ class PackedTokens:
     size: torch.Tensor
     lengths: torch.Tensor
     owner: torch.Tensor
-    _longest: int = 0
-    _even: bool = True
+    layout: Layout = field(default=None, repr=False)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.layout is None:
+            self.layout = Layout.of(self.lengths)
 
     @classmethod
     def start(cls, hidden: torch.Tensor) -> PackedTokens:
@@ -42,118 +86,149 @@ class PackedTokens:
             size=torch.ones(images * length, device=device),
             lengths=torch.full((images,), length, device=device),
             owner=torch.arange(length - 1, device=device).repeat(images, 1),
-            _longest=length,
-            _even=True,
+            layout=Layout((length,) * images, None),
         )
 
     @property
-    def inside(self) -> torch.Tensor:
-        """bool [images, longest]: which places of the padded view hold a token."""
-        return torch.arange(self._longest, device=self.lengths.device) < self.lengths[:, None]
+    def unmerged(self) -> bool:
+        """Whether every token stands for one patch; known without asking the device."""
+        return self.layout.total == len(self.layout.lengths) * (self.owner.shape[1] + 1)
 
 
 def pad(packed: torch.Tensor, tokens: PackedTokens) -> torch.Tensor:
     """[T, ...] to [images, longest, ...], zeros behind short images; a view where all are equally long."""
-    images = tokens.lengths.shape[0]
-    if tokens._even:
-        return packed.unflatten(0, (images, tokens._longest))
-    padded = packed.new_zeros(images, tokens._longest, *packed.shape[1:])
-    padded[tokens.inside] = packed
-    return padded
+    layout = tokens.layout
+    shape = (len(layout.lengths), layout.longest)
+    if layout.place is None:
+        return packed.unflatten(0, shape)
+    padded = packed.new_zeros(shape[0] * shape[1], *packed.shape[1:])
+    return padded.index_copy_(0, layout.place, packed).unflatten(0, shape)
 
 
 def unpad(padded: torch.Tensor, tokens: PackedTokens) -> torch.Tensor:
     """The inverse of :func:`pad`."""
-    return padded.flatten(0, 1) if tokens._even else padded[tokens.inside]
+    place = tokens.layout.place
+    return padded.flatten(0, 1) if place is None else padded.flatten(0, 1).index_select(0, place)
 
 
 def log_size_bias(tokens: PackedTokens) -> torch.Tensor | None:
-    """What proportional attention adds to the key logits (ToMe, section 3.2).
+    """What proportional attention adds to the key logits (ToMe, arXiv 2210.09461, section 3.2).
 
     Returns:
-        float32 [images, 1, 1, longest], log(size), -inf at padding; None while nothing has merged.
+        float32 [images, 1, 1, longest], log(size), -inf at padding; None while nothing has merged, where
+        all of it would be 0.
 
     """
-    if tokens._even and tokens._longest == tokens.owner.shape[1] + 1:
-        return None
-    return pad(tokens.size, tokens).log()[:, None, None, :]
+    return None if tokens.unmerged else pad(tokens.size, tokens).log()[:, None, None, :]
+
+
+def live_rows(tokens: PackedTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the tokens other than class tokens are: what LLaVA's feature strategy "default" hands on.
+
+    Returns:
+        int64 [live] each: row in ``tokens.hidden``, image, number inside the image (0 .. n - 1).
+
+    """
+    live = tokens.lengths - 1
+    total = tokens.layout.total - len(tokens.layout.lengths)
+    image = torch.arange(live.shape[0], device=live.device).repeat_interleave(live, output_size=total)
+    number = torch.arange(total, device=live.device)
+    return number + image + 1, image, number - (live.cumsum(0) - live)[image]
 
 
 def merge(tokens: PackedTokens, metric: torch.Tensor, threshold: float | None) -> PackedTokens:
-    """Merge similar tokens inside each image (design section 1).
+    """Merge similar tokens inside each image (DyMU section 3.1, on ToMe's bipartite matching, section 3).
 
-    Tokens at even index (A) merge into their most similar token at odd index (B) where the cosine is
-    strictly above the threshold; the class token never does. One host round trip, to learn the new
-    lengths.
+    Tokens at even index (A) merge into their most similar token at odd index (B), the earlier of equals,
+    where the cosine is strictly above the threshold. The class token, index 0, never does. So at most
+    (T - 1) // 2 of an image's T tokens can merge: the cap of one layer needs no ranking. A finite
+    threshold reorders tokens even where nothing merges. Runs agree to the bit: nothing is summed in
+    racing order. The host waits for the device once, to learn the new lengths.
 
     Args:
         tokens: the tokens.
         metric: [T, D], keys averaged over heads; normalised here.
-        threshold: least cosine, exclusive; None or infinity merges nothing.
+        threshold: least cosine, exclusive; None or infinity merges nothing and costs nothing.
 
     Returns:
         The merged tokens: of each image the unmerged A tokens in index order, then the B tokens.
 
     """
-    if threshold is None or threshold == float("inf"):
+    if threshold is None or threshold == math.inf:
         return tokens
-    inside = tokens.inside
-    a_inside, b_inside = inside[:, 0::2], inside[:, 1::2]
+    best, into = match(tokens, metric)
+    return join(tokens, best > threshold, into)
+
+
+def match(tokens: PackedTokens, metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each A token's most similar B token of its image.
+
+    Args:
+        tokens: the tokens.
+        metric: [T, D], keys averaged over heads; normalised here.
+
+    Returns:
+        float32 and int64 [images, A], A = ceil(longest / 2): the best cosine, -inf for the class token
+        and at padding, and the B token (0 for index 1, 1 for index 3, ...) that it belongs to.
+
+    """
     unit = F.normalize(pad(metric.float(), tokens), dim=-1)
-    scores = (unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)).masked_fill(~b_inside[:, None, :], float("-inf"))
-    best, into = scores.max(dim=-1)
-    best = best.masked_fill(~a_inside, float("-inf"))
-    best[:, 0] = float("-inf")
-    merged = _best_above(best, threshold, (tokens.lengths - 1) // 2)
-    return _join(tokens, merged, into, a_inside, b_inside)
+    scores = unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)
+    if tokens.layout.place is not None:
+        inside = torch.arange(tokens.layout.longest, device=scores.device) < tokens.lengths[:, None]
+        scores.masked_fill_(~inside[:, None, 1::2], -math.inf)
+        best, into = scores.max(dim=-1)
+        best.masked_fill_(~inside[:, 0::2], -math.inf)
+    else:
+        best, into = scores.max(dim=-1)
+    best[:, 0] = -math.inf
+    return best, into
 
 
-def _best_above(best: torch.Tensor, threshold: float, most: torch.Tensor) -> torch.Tensor:
-    """bool like best [images, A]: scores above the threshold, at most ``most`` per image, best first."""
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(best.shape[1], device=best.device).expand_as(order)
+def join(tokens: PackedTokens, merges: torch.Tensor, into: torch.Tensor) -> PackedTokens:
+    """Carry merges out: size-weighted mean features in float32, sizes added, patches joined.
+
+    Args:
+        tokens: the tokens.
+        merges: bool [images, A], which A tokens merge; neither class tokens nor padding.
+        into: int64 [images, A], the B token each would merge into.
+
+    Returns:
+        The merged tokens. Tokens that receive nothing keep their features to the bit.
+
+    """
+    longest, device = tokens.layout.longest, merges.device
+    lengths = tokens.lengths - merges.sum(dim=1)
+    new_index = _new_index(tokens.lengths, longest, merges, into)
+    layout = Layout.of(lengths)
+    target = unpad(new_index + (lengths.cumsum(0) - lengths)[:, None], tokens)
+    # Sizes and counts are whole numbers, so their float sums are exact in any order.
+    size = torch.zeros(layout.total, device=device).index_add_(0, target, tokens.size)
+    members = torch.zeros(layout.total, dtype=torch.int64, device=device)
+    members.index_add_(0, target, torch.ones_like(target))
+    # embedding_bag adds up weighted rows by segment, in order, in one pass over the features.
+    order = target.argsort(stable=True)
+    hidden = F.embedding_bag(
+        order,
+        tokens.hidden.float(),
+        offsets=members.cumsum(0) - members,
+        mode="sum",
+        per_sample_weights=(tokens.size / size[target])[order],
     )
-    return (best > threshold) & (rank < most[:, None])
+    owner = new_index.gather(1, tokens.owner + 1) - 1
+    return PackedTokens(hidden.to(tokens.hidden.dtype), size, lengths, owner, layout)
 
 
-def _join(
-    tokens: PackedTokens, merged: torch.Tensor, into: torch.Tensor, a_inside: torch.Tensor, b_inside: torch.Tensor
-) -> PackedTokens:
-    images, longest = merged.shape[0], tokens._longest
-    stays = a_inside & ~merged
-    kept_a = stays.sum(dim=1)
-    # New index of every old token, class token at 0.
-    new_a = stays.cumsum(1) - 1
-    new_b = kept_a[:, None] + torch.arange(b_inside.shape[1], device=merged.device)
-    new_index = torch.empty(images, longest, dtype=torch.int64, device=merged.device)
-    new_index[:, 1::2] = new_b
-    new_index[:, 0::2] = torch.where(merged, new_b.gather(1, into), new_a)
-    lengths = tokens.lengths - merged.sum(dim=1)
-    lengths_list = lengths.tolist()
-    starts = lengths.cumsum(0) - lengths
-    target = (new_index + starts[:, None])[tokens.inside]
-    total = sum(lengths_list)
-
-    size = _segment_sum(tokens.size[:, None], target, total)[:, 0]
-    # Tokens that absorb nothing keep their features to the bit.
-    alone = torch.bincount(target, minlength=total) == 1
-    weighted = _segment_sum(tokens.hidden.float() * tokens.size[:, None], target, total) / size[:, None]
-    hidden = weighted.to(tokens.hidden.dtype)
-    single = alone[target]
-    hidden[target[single]] = tokens.hidden[single]
-    return PackedTokens(
-        hidden=hidden,
-        size=size,
-        lengths=lengths,
-        owner=new_index.gather(1, tokens.owner + 1) - 1,
-        _longest=max(lengths_list),
-        _even=len(set(lengths_list)) == 1,
-    )
-
-
-def _segment_sum(values: torch.Tensor, segment: torch.Tensor, segments: int) -> torch.Tensor:
-    """Sum rows [T, C] by segment, in index order and without atomics, so that runs agree to the bit."""
-    order = segment.argsort(stable=True)
-    lengths = torch.bincount(segment, minlength=segments)
-    return torch.segment_reduce(values[order], "sum", lengths=lengths, unsafe=True)
+def _new_index(
+    lengths: torch.Tensor, longest: int, merges: torch.Tensor, into: torch.Tensor
+) -> torch.Tensor:
+    """int64 [images, longest]: index after the merge, class token at 0; arbitrary at padding."""
+    number_a = (lengths + 1) // 2
+    # Unmerged A tokens close ranks; B tokens follow, and A tokens that merge take their B token's place.
+    index_a = (~merges).cumsum(1) - 1
+    first_b = number_a - merges.sum(dim=1)
+    index_b = first_b[:, None] + torch.arange(longest // 2, device=merges.device)
+    index = torch.empty(merges.shape[0], longest, dtype=torch.int64, device=merges.device)
+    index[:, 1::2] = index_b
+    index[:, 0::2] = torch.where(merges, first_b[:, None] + into, index_a)
+    return index
