@@ -23,6 +23,7 @@ from torch import Tensor
 from tests.reference import Reference
 
 IMAGE_SIZE, PATCH_SIZE, PATCHES = 336, 14, 576
+BOS, EOS, FIRST_PIECE = 1, 2, 3 + 256
 ARCHITECTURE = "LlavaHybridForConditionalGeneration"
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -112,7 +113,7 @@ def write_checkpoint(
     _write_processor(path)
     image_token = tokenizer.get_vocab()["<image>"]
     vocabulary = 64 * math.ceil(tokenizer.get_vocab_size() / 64)
-    special_ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": image_token + 1}
+    special_ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": image_token + 1}
     config = _config(sizes, vocabulary, image_token, architecture, str(dtype).removeprefix("torch."))
     if hybrid is not None:
         config["hybrid"] = dict(hybrid)
@@ -151,8 +152,8 @@ def _config(sizes: Shape, vocabulary: int, image_token: int, architecture: str, 
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
             "pad_token_id": image_token + 1,
             "tie_word_embeddings": False,
             "vocab_size": vocabulary,
@@ -250,9 +251,11 @@ def _random_weights(sizes: Shape, vocabulary: int, image_token: int, seed: int) 
     weights.linear("projector.linear_1", sizes.hidden, sizes.vision_hidden, gain=1.5, bias=0.1)
     weights.linear("projector.linear_2", sizes.hidden, sizes.hidden, gain=1.5, bias=0.1)
     _add_decoder(weights, sizes, vocabulary)
-    # Log probabilities of a greedy answer should be over real tokens: special and unused ids get logit 0,
-    # which is never the largest of several hundred logits of deviation 3.
-    weights["lm_head.weight"][[0, 1, *range(image_token, vocabulary)]] = 0
+    # A greedy answer should be readable text: special tokens (but </s>), raw bytes and unused ids get logit
+    # 0, which is never the largest of so many logits of deviation 3.
+    unwanted = [token for token in range(vocabulary) if token < FIRST_PIECE or token >= image_token]
+    unwanted.remove(EOS)
+    weights["lm_head.weight"][unwanted] = 0
     return dict(weights)
 
 
@@ -340,7 +343,7 @@ def _with_specials(trained: Tokenizer) -> Tokenizer:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
     )
     specials = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
