@@ -11,7 +11,7 @@ import pytest
 from vllm_hybrid.config import KNOWN_KEYS, HybridConfig, live_to_kept
 
 VISION_LAYERS, DECODER_LAYERS = 3, 8
-LEVELS = {"low": [0.7, 0.7, 0.7], "high": [0.9, None, 0.9]}
+LEVELS: dict[str, list[float | None]] = {"low": [0.7, 0.7, 0.7], "high": [0.9, None, 0.9]}
 
 
 def parse(section: object, decoder_layers: int = DECODER_LAYERS) -> HybridConfig:
