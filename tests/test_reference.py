@@ -171,6 +171,7 @@ def test_pairs_are_strictly_above_the_threshold_and_best_first() -> None:
     scores = torch.tensor([[-math.inf] * 3, [0.5, 0.75, 0.1], [0.9, 0.2, 0.3], [0.25, 0.0, 0.5]])
     assert merge_pairs(scores, 0.5) == [(4, 1), (2, 3)]
     assert merge_pairs(scores, 0.4) == [(4, 1), (2, 3), (6, 5)]
+    assert merge_pairs(scores, 0.49999) == [(4, 1), (2, 3), (6, 5)]
     assert merge_pairs(scores, 0.9) == []
     assert merge_pairs(scores, math.inf) == []
     assert merge_margin(scores, 0.6) == pytest.approx(0.1)
@@ -225,6 +226,32 @@ def test_proportional_attention_equals_repeated_keys() -> None:
     heads_first = [x.transpose(0, 1) for x in (q, k[repeated], v[repeated])]
     expected = F.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2])
     torch.testing.assert_close(vision_attention(q, k, v, sizes.float()), expected.transpose(0, 1))
+
+
+@torch.no_grad()
+def test_tower_equals_transformers_layers_with_merging_between_their_parts(
+    checkpoint: Path, images: dict[str, Image.Image], thresholds: list[float]
+) -> None:
+    """transformers' own sublayers in the order of DToMe: attention, residual, merge, MLP; log sizes as its
+    mask.
+    """
+    model = _transformers_model(checkpoint).model
+    tower = model.vision_tower
+    pixels = AutoProcessor.from_pretrained(checkpoint)(images=images["half"], text="", return_tensors="pt")
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels["pixel_values"]))
+    tokens = Tokens(hidden[0], torch.ones(1 + PATCHES), [[], *([patch] for patch in range(PATCHES))])
+    merged_layers = [thresholds[0], math.inf, thresholds[2]]
+    for layer, threshold in zip(tower.encoder.layers[:-1], merged_layers, strict=True):
+        x = layer.layer_norm1(tokens.hidden[None])
+        mask = tokens.sizes.log().expand(1, 1, len(tokens.sizes), -1)
+        hidden = tokens.hidden + layer.self_attn(x, attention_mask=mask)[0][0]
+        keys = layer.self_attn.k_proj(x)[0].unflatten(-1, (Shape().vision_heads, -1))
+        tokens = dtome_layer(Tokens(hidden, tokens.sizes, tokens.members), keys, threshold)
+        tokens.hidden = tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden))
+    features, members = Reference(checkpoint, {"thresholds": merged_layers}).encode(images["half"])
+    assert members == tokens.members[1:] and 100 < len(members) < 500
+    expected = model.multi_modal_projector(tokens.hidden[1:])
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)
 
 
 def test_live_tokens_partition_the_patches(
