@@ -1,0 +1,16 @@
+"""Entry point of ``vllm.general_plugins``: vLLM calls it in every one of its processes before a model loads."""
+
+from vllm_hybrid import versions
+
+
+def register() -> None:
+    """Check vLLM's version and register vllm-hybrid with it.
+
+    Raises:
+        RuntimeError: this vLLM is missing or untested.
+
+    """
+    versions.check()
+    from vllm_hybrid import registration
+
+    registration.register()
