@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,11 +81,29 @@ def decided_metric(
     tokens: PackedTokens, spread: float, threshold: float, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """A random metric of whose decisions none is a matter of float32 rounding."""
+    return decided(lambda: random_metric(tokens, spread).to(dtype), tokens, threshold)
+
+
+def decided(draw: Callable[[], torch.Tensor], tokens: PackedTokens, threshold: float) -> torch.Tensor:
+    """The first metric drawn of whose decisions none is a matter of float32 rounding."""
     for _ in range(1000):
-        metric = random_metric(tokens, spread).to(dtype)
+        metric = draw()
         if all(margin(part, threshold) > 3e-6 for part in metric.split(tokens.lengths.tolist())):
             return metric
     raise AssertionError("no metric is clear of rounding")
+
+
+def opposed(tokens: PackedTokens, threshold: float) -> torch.Tensor:
+    """Odd tokens point one way and even tokens the other; but where threshold > 0, i even tokens of image i
+    point with the odd ones.
+    """
+    numbers = torch.cat([torch.arange(length) for length in tokens.lengths.tolist()])
+    image = torch.arange(len(tokens.lengths)).repeat_interleave(tokens.lengths)
+    across = numbers % 2 == 0
+    if threshold > 0:
+        across &= (numbers == 0) | (numbers > 2 * image)
+    metric = torch.stack([torch.where(across, -1.0, 1.0), torch.full(image.shape, 0.2)], dim=1)
+    return metric + 0.1 * torch.randn(metric.shape)
 
 
 def margin(metric: torch.Tensor, threshold: float) -> float:
@@ -125,6 +144,20 @@ def test_layers_of_merging_are_those_of_a_loop(seed: int, patches: int, dtype: t
             image.hidden = list(part.numpy())
         ragged |= len(set(tokens.lengths.tolist())) > 1
     assert ragged or patches < 49
+
+
+def test_padding_is_nobodys_match(seed: int) -> None:
+    """Negative cosines and thresholds: the zeros behind a short image must not look similar to anything."""
+    hidden = torch.randn(5, 1 + 11, 3)
+    tokens, slow = PackedTokens.start(hidden), [slow_start(h) for h in hidden]
+    # In the first merge image i loses i tokens; then all A tokens point away from the B tokens.
+    tokens, slow = both(tokens, slow, decided(lambda: opposed(tokens, 0.5), tokens, 0.5), 0.5)
+    assert tokens.lengths.tolist() == [12, 11, 10, 9, 8]
+    for threshold in (-0.99, -2.0):
+        metric = decided(lambda now=tokens, t=threshold: opposed(now, t), tokens, threshold)
+        tokens, slow = both(tokens, slow, metric, threshold)
+        check(tokens, slow)
+    assert len(set(tokens.lengths.tolist())) > 1
 
 
 def test_features_are_weighted_by_size(seed: int) -> None:
