@@ -233,7 +233,9 @@ def find_shift(average: Callable[[float], float], tokens: float) -> tuple[float,
         elif high is None:
             shift, step = low + step, 2 * step
         else:
-            shift = (low + high) / 2
+            # Interpolated, but never so close to a border that a flat end stops the search.
+            share = (tokens - tried[low]) / (tried[high] - tried[low])
+            shift = low + min(max(share, 0.1), 0.9) * (high - low)
         tried[shift] = average(shift)
     return best(), tried[best()]
 

@@ -219,9 +219,7 @@ def join(tokens: PackedTokens, merges: torch.Tensor, into: torch.Tensor) -> Pack
     return PackedTokens(hidden.to(tokens.hidden.dtype), size, lengths, owner, layout)
 
 
-def _new_index(
-    lengths: torch.Tensor, longest: int, merges: torch.Tensor, into: torch.Tensor
-) -> torch.Tensor:
+def _new_index(lengths: torch.Tensor, longest: int, merges: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
     """int64 [images, longest]: index after the merge, class token at 0; arbitrary at padding."""
     number_a = (lengths + 1) // 2
     # Unmerged A tokens close ranks; B tokens follow, and A tokens that merge take their B token's place.

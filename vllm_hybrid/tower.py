@@ -125,9 +125,7 @@ def run_tower(
     return LiveTokens(tokens.hidden[live_rows(tokens)[0]], tokens.lengths - 1, tokens.owner)
 
 
-def _attend(
-    attention: Any, hidden: torch.Tensor, tokens: PackedTokens
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend(attention: Any, hidden: torch.Tensor, tokens: PackedTokens) -> tuple[torch.Tensor, torch.Tensor]:
     """Proportional attention inside every image, and the merge metric: keys averaged over heads."""
     heads = attention.num_heads
     key = attention.k_proj(hidden)
