@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from . import cpu_attention, unmerging
+from . import cpu_attention, cpu_dense, unmerging
 from .planning import VirtualKeys, walk_pages
 from .tiers import SPEC_OF_TIER, Tier, tier_block_sizes
 from .unmerging import TierBatch
@@ -50,13 +50,17 @@ def _attend_reference(query, pages, batch, plan, angles, scale, out) -> None:  #
     unmerging.attend(query, pages, batch, angles, scale, out)
 
 
+def _attend_cpu(query, pages, batch, plan, angles, scale, out) -> None:  # type: ignore[no-untyped-def]
+    cpu_attention.attend(query, pages, batch, plan, angles, scale, out, cpu_dense.causal_attention)
+
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(lambda: None, walk_pages, lambda batch: None, _attend_reference, unmerging.attention_mass),
     "cpu": Implementation(
         cpu_attention.extension,
         cpu_attention.walk_pages,
         cpu_attention.plan_attention,
-        cpu_attention.attend,
+        _attend_cpu,
         cpu_attention.attention_mass,
     ),
 }

@@ -1,6 +1,6 @@
 """Virtual unmerging attention on a CPU, fast.
 
-Prefill expands queries and keys to virtual positions and lets torch's flash attention do the rest; the
+Prefill expands queries and keys to virtual positions and leaves the rest to a dense causal kernel; the
 cost of the copies is small beside the linear layers they save. Decode never expands: for one query the
 score of a merged key at position j is a dot product with one row of the angle table, so a merged token is
 read once however many positions it stands at. The loops that torch has no operator for are C++
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,28 +80,42 @@ def walk_pages(
 
 
 @dataclass
-class _Prefill:
-    """One request with several queries: its virtual queries and keys, both ascending by position."""
+class VirtualPrefill:
+    """Virtual queries and keys of all requests with several queries, one request after the other.
+
+    Queries and keys of a request ascend by position, and the queries stand at its last positions, so
+    attention among them is plain causal attention aligned at the end.
+
+    Attributes:
+        rows, positions, image: of every virtual query its live row, position, and whether it is an image's.
+        query_ptr: int64 [requests + 1], a request's stretch of virtual queries.
+        by_row: int64 [queries], the virtual queries sorted by live row.
+        segment_rows, segment_ptr: the live rows among them and each one's stretch of ``by_row``.
+        key_page, key_positions, key_image: of every virtual key its page row, position, and kind.
+        key_ptr: int64 [requests + 1], a request's stretch of virtual keys.
+
+    """
 
     rows: torch.Tensor
     positions: torch.Tensor
     image: torch.Tensor
-    first_row: int
+    query_ptr: torch.Tensor
     by_row: torch.Tensor
-    row_ptr: torch.Tensor
+    segment_rows: torch.Tensor
+    segment_ptr: torch.Tensor
     key_page: torch.Tensor
     key_positions: torch.Tensor
     key_image: torch.Tensor
-    seen: torch.Tensor | None
+    key_ptr: torch.Tensor
 
 
 @dataclass
 class CpuPlan:
-    """A step sorted into decodes, which share one kernel call, and prefills, one call each."""
+    """A step sorted into decodes and prefills; each kind takes one call per layer."""
 
     decode_rows: torch.Tensor
     decode_requests: torch.Tensor
-    prefills: list[_Prefill]
+    prefill: VirtualPrefill | None
 
 
 def plan_attention(batch: TierBatch) -> CpuPlan:
@@ -112,38 +127,87 @@ def plan_attention(batch: TierBatch) -> CpuPlan:
     return CpuPlan(
         decode_rows=batch.plan.row_of[first],
         decode_requests=torch.tensor(single, dtype=torch.int64),
-        prefills=[_plan_prefill(batch, r) for r in several],
+        prefill=_plan_prefill(batch, several) if several else None,
     )
 
 
-def _plan_prefill(batch: TierBatch, request: int) -> _Prefill:
-    stretch = slice(batch.query_start[request], batch.query_start[request + 1])
-    rows, positions = batch.plan.row_of[stretch], batch.positions[stretch]
-    kept = rows >= 0
-    if not bool(kept.all()):
-        rows, positions = rows[kept], positions[kept]
-    keys = batch.keys
-    row0, row1 = int(keys.row_ptr[request]), int(keys.row_ptr[request + 1])
-    sizes = keys.member_ptr[row0 + 1 : row1 + 1] - keys.member_ptr[row0:row1]
-    unsorted = keys.member_pos[int(keys.member_ptr[row0]) : int(keys.member_ptr[row1])]
-    key_positions, order = unsorted.sort()
-    key_row = torch.arange(row0, row1).repeat_interleave(sizes)[order]
-    first, last = batch.live_stretch(request)
-    copies = torch.bincount(rows - first, minlength=last - first)
-    # As many queries as keys: nothing was computed before, both lists are the same positions.
-    square = positions.shape[0] == key_positions.shape[0]
-    return _Prefill(
-        rows=rows,
-        positions=positions,
-        image=batch.plan.image[rows] >= 0,
-        first_row=first,
-        by_row=(rows - first).argsort(stable=True),
-        row_ptr=F.pad(copies.cumsum(0), (1, 0)),
-        key_page=keys.row_page[key_row],
-        key_positions=key_positions,
-        key_image=keys.row_image[key_row],
-        seen=None if square else key_positions <= positions[:, None],
+def _plan_prefill(batch: TierBatch, requests: list[int]) -> VirtualPrefill:
+    rows, positions, key_rows, key_positions = [], [], [], []
+    for request in requests:
+        stretch = slice(batch.query_start[request], batch.query_start[request + 1])
+        kept = batch.plan.row_of[stretch] >= 0
+        rows.append(batch.plan.row_of[stretch][kept])
+        positions.append(batch.positions[stretch][kept])
+        row, position = _sorted_keys(batch.keys, request)
+        key_rows.append(row)
+        key_positions.append(position)
+    row, key_row = torch.cat(rows), torch.cat(key_rows)
+    segment_rows, copies = row.unique(return_counts=True)
+    return VirtualPrefill(
+        rows=row,
+        positions=torch.cat(positions),
+        image=batch.plan.image[row] >= 0,
+        query_ptr=_stretches(rows),
+        by_row=row.argsort(stable=True),
+        segment_rows=segment_rows,
+        segment_ptr=F.pad(copies.cumsum(0), (1, 0)),
+        key_page=batch.keys.row_page[key_row],
+        key_positions=torch.cat(key_positions),
+        key_image=batch.keys.row_image[key_row],
+        key_ptr=_stretches(key_rows),
     )
+
+
+def _sorted_keys(keys: VirtualKeys, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One request's virtual keys by ascending position: their rows and positions."""
+    first, last = int(keys.row_ptr[request]), int(keys.row_ptr[request + 1])
+    members = keys.member_ptr[first : last + 1]
+    positions, order = keys.member_pos[int(members[0]) : int(members[-1])].sort()
+    return torch.arange(first, last).repeat_interleave(members.diff())[order], positions
+
+
+def _stretches(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.tensor([0, *(p.shape[0] for p in parts)]).cumsum(0)
+
+
+CausalAttention = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor
+]
+
+
+def torch_causal_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_ptr: torch.Tensor,
+    key_ptr: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention inside each of several sequences, aligned at their ends.
+
+    Args:
+        query: [queries, heads, head_size], sequence after sequence.
+        key: [keys, kv_heads, head_size].
+        value: [keys, kv_heads, head_size].
+        query_ptr: int64 [sequences + 1], each one's stretch of queries.
+        key_ptr: int64 [sequences + 1], each one's stretch of keys.
+        scale: factor on the scores.
+
+    Returns:
+        The shape of query, contiguous.
+
+    """
+    out = torch.empty_like(query)
+    group = query.shape[1] // key.shape[1]
+    bounds = zip(query_ptr[:-1].tolist(), query_ptr[1:].tolist(), key_ptr[:-1].tolist(), key_ptr[1:].tolist(), strict=True)
+    for q0, q1, k0, k1 in bounds:
+        q = query[q0:q1].transpose(0, 1)
+        k, v = (x[k0:k1].transpose(0, 1).repeat_interleave(group, dim=0) for x in (key, value))
+        square = q1 - q0 == k1 - k0
+        seen = None if square else torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril((k1 - k0) - (q1 - q0))
+        mixed = F.scaled_dot_product_attention(q[None], k[None], v[None], seen, is_causal=square, scale=scale)
+        out[q0:q1] = mixed[0].transpose(0, 1)
+    return out
 
 
 def attend(
@@ -154,32 +218,37 @@ def attend(
     angles: torch.Tensor,
     scale: float,
     out: torch.Tensor,
+    causal_attention: CausalAttention = torch_causal_attention,
 ) -> None:
-    """:func:`vllm_hybrid.unmerging.attend`, given the plan of :func:`plan_attention`."""
+    """:func:`vllm_hybrid.unmerging.attend`, given the plan of :func:`plan_attention`.
+
+    ``causal_attention`` computes dense causal attention over the expanded prefills.
+    """
     if plan.decode_rows.numel():
         _decode(query, plan.decode_rows, plan.decode_requests, pages, batch.keys, angles, scale, out, None)
-    for prefill in plan.prefills:
-        _prefill(query, pages, prefill, angles, scale, out)
+    if plan.prefill is not None:
+        _prefill(query, pages, plan.prefill, angles, scale, out, causal_attention)
 
 
 def _prefill(
-    query: torch.Tensor, pages: torch.Tensor, plan: _Prefill, angles: torch.Tensor, scale: float, out: torch.Tensor
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    plan: VirtualPrefill,
+    angles: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    causal_attention: CausalAttention,
 ) -> None:
     ops = extension()
     heads, head_size = query.shape[1:]
-    kv_heads = pages.shape[1]
-    q = query.new_empty(heads, plan.rows.shape[0], head_size)
-    k = query.new_empty(kv_heads, plan.key_page.shape[0], head_size)
-    v = torch.empty_like(k)
+    keys, kv_heads = plan.key_page.shape[0], pages.shape[1]
+    q = query.new_empty(plan.rows.shape[0], heads, head_size)
+    k, v = query.new_empty(2, keys, kv_heads, head_size)
     ops.expand(query, plan.rows, plan.positions, plan.image, angles, 0, True, q)
     ops.expand(pages, plan.key_page, plan.key_positions, plan.key_image, angles, 0, True, k)
     ops.expand(pages, plan.key_page, plan.key_positions, plan.key_image, angles, head_size, False, v)
-    if kv_heads != heads:
-        k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
-    copies = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=plan.seen, is_causal=plan.seen is None, scale=scale
-    )[0]
-    ops.segment_mean(copies, plan.by_row, plan.row_ptr, out, plan.first_row)
+    copies = causal_attention(q, k, v, plan.query_ptr, plan.key_ptr, scale)
+    ops.segment_mean(copies, plan.by_row, plan.segment_ptr, plan.segment_rows, out)
 
 
 def _decode(
@@ -220,10 +289,9 @@ def attention_mass(
     last = torch.tensor([batch.query_start[r + 1] - 1 for r in batch.ranked])
     rows = batch.plan.row_of[last]
     image = batch.plan.image[rows] >= 0
-    turned = query.new_empty(query.shape[1], rows.shape[0], query.shape[2])
-    extension().expand(query, rows, batch.positions[last], image, angles, 0, True, turned)
+    queries = query.new_empty(rows.shape[0], *query.shape[1:])
+    extension().expand(query, rows, batch.positions[last], image, angles, 0, True, queries)
     received = torch.zeros(batch.keys.row_page.shape[0])
-    queries = turned.transpose(0, 1)
     order = torch.arange(rows.shape[0])
     requests = torch.tensor(batch.ranked)
     _decode(queries, order, requests, pages, batch.keys, angles, scale, torch.empty_like(queries), received)

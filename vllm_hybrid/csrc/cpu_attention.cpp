@@ -5,6 +5,7 @@
 // The Python side (vllm_hybrid/cpu_attention.py) documents shapes and meaning of every argument.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <torch/extension.h>
 
@@ -13,7 +14,13 @@
 #include <cstring>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
+
+#define DISPATCH(TYPE, NAME, ...)                                                                       \
+  AT_DISPATCH_SWITCH(TYPE, NAME,                                                                        \
+                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__) \
+                         AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__))
 
 namespace {
 
@@ -25,29 +32,65 @@ constexpr int64_t kStart = 0;   // 1 + virtual position of the image's first pat
 constexpr int64_t kCount = 1;   // live rows of the image in this tier
 constexpr int64_t kMask = 2;    // bit mask over the image's patches
 
-float dot(const float* a, const float* b, int64_t n) {
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
+// Head sizes are multiples of 32 (checked on the Python side), so whole vectors cover a head.
+inline __attribute__((always_inline)) float sum(const Vec& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_add_ps(v);
+#else
+  float lane[Vec::size()], total = 0.f;
+  v.store(lane);
+  for (const float x : lane) total += x;
+  return total;
+#endif
+}
+
+// D is the head size where the compiler may know it, else 0: then n tells.
+template <int64_t D>
+inline __attribute__((always_inline)) float dot(const float* a, const float* b, int64_t n) {
+  Vec total(0.f);
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < (D ? D : n); i += Vec::size()) total = at::vec::fmadd(Vec::loadu(a + i), Vec::loadu(b + i), total);
+  return sum(total);
+}
+
+// Calls use(i, vector) for the n values at `from`, in float vectors.
+template <typename scalar_t, typename F>
+inline __attribute__((always_inline)) void each(const scalar_t* from, int64_t n, const F& use) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    for (int64_t i = 0; i < n; i += Vec::size()) use(i, Vec::loadu(from + i));
+  } else {
+    using Packed = at::vec::Vectorized<scalar_t>;
+    for (int64_t i = 0; i < n; i += Packed::size()) {
+      const auto [low, high] = at::vec::convert_to_float<scalar_t>(Packed::loadu(from + i));
+      use(i, low);
+      use(i + Vec::size(), high);
+    }
+  }
 }
 
 template <typename scalar_t>
-void load(const scalar_t* from, float* to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+inline __attribute__((always_inline)) void load(const scalar_t* from, float* to, int64_t n) {
+  each(from, n, [&](int64_t i, const Vec& v) { v.store(to + i); });
+}
+
+template <typename scalar_t>
+inline __attribute__((always_inline)) void add(const scalar_t* from, float* to, int64_t n, float factor = 1.f) {
+  const Vec f(factor);
+  each(from, n, [&](int64_t i, const Vec& v) { at::vec::fmadd(v, f, Vec::loadu(to + i)).store(to + i); });
 }
 
 template <typename scalar_t>
 void store(const float* from, scalar_t* to, int64_t n, float factor = 1.f) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<scalar_t>(from[i] * factor);
-}
-
-template <typename scalar_t>
-void add(const scalar_t* from, float* to, int64_t n, float factor = 1.f) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] += factor * static_cast<float>(from[i]);
+  const Vec f(factor);
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    for (int64_t i = 0; i < n; i += Vec::size()) (Vec::loadu(from + i) * f).store(to + i);
+  } else {
+    using Packed = at::vec::Vectorized<scalar_t>;
+    for (int64_t i = 0; i < n; i += Packed::size()) {
+      at::vec::convert_from_float<scalar_t>(Vec::loadu(from + i) * f, Vec::loadu(from + i + Vec::size()) * f)
+          .store(to + i);
+    }
+  }
 }
 
 // z such that q . R(j) k = sum_c cos(j t_c) z[c] + sin(j t_c) z[c + half]
@@ -76,6 +119,21 @@ void exp_in_place(float* x, int64_t n, float shift) {
     (Vec::loadu(x + i) - Vec(shift)).exp_u20().store(x + i);
   }
   for (; i < n; ++i) x[i] = std::exp(x[i] - shift);
+}
+
+// weight[row] <- softmax of the keys' logits, summed over the row's members. Overwrites the logits.
+void row_weights(float* logit, int64_t keys, const int64_t* member_ptr, int64_t rows, float* weight) {
+  float top = -std::numeric_limits<float>::infinity();
+  for (int64_t m = 0; m < keys; ++m) top = std::max(top, logit[m]);
+  exp_in_place(logit, keys, top);
+  float total = 0.f;
+  for (int64_t row = 0; row < rows; ++row) {
+    float sum = 0.f;
+    for (int64_t m = member_ptr[row]; m < member_ptr[row + 1]; ++m) sum += logit[m - member_ptr[0]];
+    weight[row] = sum;
+    total += sum;
+  }
+  for (int64_t row = 0; row < rows; ++row) weight[row] /= total;
 }
 
 }  // namespace
@@ -138,63 +196,119 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> walk_pages(const Tensor& fact
   return {longs(row_ptr), longs(row_page), image, longs(member_ptr), longs(member_pos)};
 }
 
-// out[h, i, :] = source[rows[i], h, offset : offset + head_size], rotated to positions[i] where image[i].
+// out[i, h, :] = source[rows[i], h, offset : offset + head_size], rotated to positions[i] where image[i].
 void expand(const Tensor& source, const Tensor& rows, const Tensor& positions, const Tensor& image,
             const Tensor& angles, int64_t offset, bool rotated, const Tensor& out) {
-  const int64_t heads = out.size(0), n = out.size(1), head_size = out.size(2);
+  const int64_t n = out.size(0), heads = out.size(1), head_size = out.size(2);
   TORCH_CHECK(source.stride(2) == 1 && out.is_contiguous(), "expand needs unit stride along the head");
   const int64_t *row = rows.data_ptr<int64_t>(), *position = positions.data_ptr<int64_t>();
   const bool* turn = image.data_ptr<bool>();
   const float* table = angles.data_ptr<float>();
   const int64_t row_stride = source.stride(0), head_stride = source.stride(1);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, source.scalar_type(), "expand", [&] {
-    const scalar_t* from = source.data_ptr<scalar_t>() + offset;
-    scalar_t* to = out.data_ptr<scalar_t>();
-    at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
-      std::vector<float> x(head_size);
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t h = 0; h < heads; ++h) {
-          const scalar_t* src = from + row[i] * row_stride + h * head_stride;
-          scalar_t* dst = to + (h * n + i) * head_size;
-          if (!rotated || !turn[i]) {
-            std::memcpy(dst, src, head_size * sizeof(scalar_t));
-            continue;
+  DISPATCH(source.scalar_type(), "expand", [&] {
+      const scalar_t* from = source.data_ptr<scalar_t>() + offset;
+      scalar_t* to = out.data_ptr<scalar_t>();
+      at::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
+        std::vector<float> x(head_size);
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t h = 0; h < heads; ++h) {
+            const scalar_t* src = from + row[i] * row_stride + h * head_stride;
+            scalar_t* dst = to + (i * heads + h) * head_size;
+            if (!rotated || !turn[i]) {
+              std::memcpy(dst, src, head_size * sizeof(scalar_t));
+              continue;
+            }
+            load(src, x.data(), head_size);
+            rotate(x.data(), table + position[i] * head_size, head_size);
+            store(x.data(), dst, head_size);
           }
-          load(src, x.data(), head_size);
-          rotate(x.data(), table + position[i] * head_size, head_size);
-          store(x.data(), dst, head_size);
         }
-      }
-    });
+      });
   });
 }
 
-// out[first + s, h, :] = mean of copies[h, order[k], :] over k in [segment_ptr[s], segment_ptr[s + 1]).
-void segment_mean(const Tensor& copies, const Tensor& order, const Tensor& segment_ptr, const Tensor& out,
-                  int64_t first) {
-  const int64_t heads = copies.size(0), n = copies.size(1), head_size = copies.size(2);
-  const int64_t segments = segment_ptr.size(0) - 1;
-  TORCH_CHECK(copies.stride(2) == 1 && out.stride(2) == 1, "segment_mean needs unit stride along the head");
-  TORCH_CHECK(order.size(0) == n, "one place in the order per copy");
+// out[segment_row[s], :] = mean of copies[order[k], :] over k in [segment_ptr[s], segment_ptr[s + 1]).
+void segment_mean(const Tensor& copies, const Tensor& order, const Tensor& segment_ptr, const Tensor& segment_row,
+                  const Tensor& out) {
+  const int64_t width = copies.size(1) * copies.size(2), segments = segment_row.size(0);
+  TORCH_CHECK(copies.is_contiguous() && out[0].is_contiguous(), "segment_mean needs contiguous rows");
   const int64_t *at = order.data_ptr<int64_t>(), *ptr = segment_ptr.data_ptr<int64_t>();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, copies.scalar_type(), "segment_mean", [&] {
-    const scalar_t* from = copies.data_ptr<scalar_t>();
-    scalar_t* to = out.data_ptr<scalar_t>();
-    at::parallel_for(0, segments, 16, [&](int64_t begin, int64_t end) {
-      std::vector<float> sum(head_size);
-      for (int64_t s = begin; s < end; ++s) {
-        const float share = 1.f / static_cast<float>(ptr[s + 1] - ptr[s]);
-        for (int64_t h = 0; h < heads; ++h) {
-          std::fill(sum.begin(), sum.end(), 0.f);
-          for (int64_t k = ptr[s]; k < ptr[s + 1]; ++k) {
-            add(from + h * copies.stride(0) + at[k] * copies.stride(1), sum.data(), head_size);
-          }
-          store(sum.data(), to + (first + s) * out.stride(0) + h * out.stride(1), head_size, share);
+  const int64_t* row = segment_row.data_ptr<int64_t>();
+  DISPATCH(copies.scalar_type(), "segment_mean", [&] {
+      const scalar_t* from = copies.data_ptr<scalar_t>();
+      scalar_t* to = out.data_ptr<scalar_t>();
+      at::parallel_for(0, segments, 8, [&](int64_t begin, int64_t end) {
+        std::vector<float> total(width);
+        for (int64_t s = begin; s < end; ++s) {
+          std::fill(total.begin(), total.end(), 0.f);
+          for (int64_t k = ptr[s]; k < ptr[s + 1]; ++k) add(from + at[k] * width, total.data(), width);
+          store(total.data(), to + row[s] * out.stride(0), width, 1.f / static_cast<float>(ptr[s + 1] - ptr[s]));
         }
-      }
-    });
+      });
   });
 }
+
+// One decode query over some heads: the scores of every virtual key, their softmax, the weighted values.
+template <typename scalar_t>
+struct Decode {
+  const scalar_t* query;      // [q_heads, head_size], q_stride apart
+  const scalar_t* pages;      // page rows, at the first of the heads
+  scalar_t* out;              // [q_heads, head_size], out_stride apart
+  int64_t q_stride, out_stride, row_stride, head_stride;
+  int64_t q_heads, group, head_size;
+  float scale;
+  const float* table;
+  const int64_t* page;        // of the request's rows
+  const bool* is_image;
+  const int64_t* member_ptr;
+  const int64_t* member_pos;
+  int64_t rows;
+  float* mass;                // per row, or null
+  std::vector<float>*q, *logit, *weight, *acc;
+
+  template <int64_t D>
+  void run() const {
+    const int64_t d = D ? D : head_size, first = member_ptr[0], keys = member_ptr[rows] - first;
+    q->resize(q_heads * d);
+    logit->resize(q_heads * keys);
+    weight->resize(q_heads * rows);
+    acc->assign(q_heads * d, 0.f);
+    for (int64_t g = 0; g < q_heads; ++g) {
+      each(query + g * q_stride, d, [&](int64_t i, const Vec& v) { (v * Vec(scale)).store(q->data() + g * d + i); });
+    }
+    for (int64_t row = 0; row < rows; ++row) score<D>(row, d, first, keys);
+    for (int64_t g = 0; g < q_heads; ++g) {
+      row_weights(logit->data() + g * keys, keys, member_ptr, rows, weight->data() + g * rows);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const scalar_t* value = pages + page[row] * row_stride + d;
+      for (int64_t g = 0; g < q_heads; ++g) {
+        const float w = (*weight)[g * rows + row];
+        add(value + g / group * head_stride, acc->data() + g * d, d, w);
+        if (mass) mass[row] += w;
+      }
+    }
+    for (int64_t g = 0; g < q_heads; ++g) store(acc->data() + g * d, out + g * out_stride, d);
+  }
+
+  template <int64_t D>
+  void score(int64_t row, int64_t d, int64_t first, int64_t keys) const {
+    alignas(64) float k[512], z[512];
+    const scalar_t* key = pages + page[row] * row_stride;
+    const int64_t begin = member_ptr[row], end = member_ptr[row + 1];
+    for (int64_t g = 0; g < q_heads; ++g) {
+      if (g % group == 0) load(key + g / group * head_stride, k, d);
+      const float* qg = q->data() + g * d;
+      float* to = logit->data() + g * keys - first;
+      if (!is_image[row]) {
+        to[begin] = dot<D>(qg, k, d);
+        continue;
+      }
+      correlate(qg, k, z, d / 2);
+      for (int64_t m = begin; m < end; ++m) to[m] = dot<D>(z, table + member_pos[m] * d, d);
+    }
+  }
+};
 
 // Attention of single, already rotated queries over the virtual keys of their requests. `mass`, where it
 // is not empty, receives each row's share of the attention, summed over the query heads given here.
@@ -202,75 +316,41 @@ void decode(const Tensor& query, const Tensor& query_rows, const Tensor& request
             const Tensor& row_ptr, const Tensor& row_page, const Tensor& row_image, const Tensor& member_ptr,
             const Tensor& member_pos, const Tensor& angles, double scale, const Tensor& out, const Tensor& mass) {
   const int64_t queries = query_rows.size(0), heads = query.size(1), head_size = query.size(2);
-  const int64_t kv_heads = pages.size(1), group = heads / kv_heads, half = head_size / 2;
+  const int64_t kv_heads = pages.size(1), group = heads / kv_heads;
   TORCH_CHECK(query.stride(2) == 1 && pages.stride(2) == 1 && out.stride(2) == 1,
               "decode needs unit stride along the head");
+  TORCH_CHECK(head_size % 32 == 0 && head_size <= 512, "the head size is ", head_size,
+              ", but CPU attention needs a multiple of 32 up to 512");
   const int64_t *q_row = query_rows.data_ptr<int64_t>(), *req = requests.data_ptr<int64_t>();
-  const int64_t *rptr = row_ptr.data_ptr<int64_t>(), *page = row_page.data_ptr<int64_t>();
-  const int64_t *mptr = member_ptr.data_ptr<int64_t>(), *mpos = member_pos.data_ptr<int64_t>();
-  const bool* is_image = row_image.data_ptr<bool>();
-  const float* table = angles.data_ptr<float>();
+  const int64_t *rptr = row_ptr.data_ptr<int64_t>(), *mptr = member_ptr.data_ptr<int64_t>();
+  // A page row holds all heads, so rows are the outer loop; requests are split by heads only where there
+  // are fewer of them than threads.
+  const int64_t shares = std::clamp<int64_t>(at::get_num_threads() / std::max<int64_t>(queries, 1), 1, kv_heads);
   const bool wants_mass = mass.numel() > 0;
-  Tensor head_mass = wants_mass ? at::zeros({kv_heads, mass.size(0)}, at::kFloat) : mass;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, query.scalar_type(), "decode", [&] {
-    const scalar_t *q_data = query.data_ptr<scalar_t>(), *kv_data = pages.data_ptr<scalar_t>();
-    scalar_t* out_data = out.data_ptr<scalar_t>();
-    at::parallel_for(0, queries * kv_heads, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> q(group * head_size), k(head_size), z(head_size), acc(group * head_size), logit, weight;
+  Tensor share_mass = wants_mass ? at::zeros({shares, mass.size(0)}, at::kFloat) : mass;
+  DISPATCH(query.scalar_type(), "decode", [&] {
+    at::parallel_for(0, queries * shares, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> q, logit, weight, acc;
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t i = task / kv_heads, h = task % kv_heads, r = req[i];
-        const int64_t row0 = rptr[r], row1 = rptr[r + 1], key0 = mptr[row0], keys = mptr[row1] - key0;
-        const int64_t rows = row1 - row0;
-        for (int64_t g = 0; g < group; ++g) {
-          load(q_data + q_row[i] * query.stride(0) + (h * group + g) * query.stride(1), &q[g * head_size], head_size);
-          for (int64_t c = 0; c < head_size; ++c) q[g * head_size + c] *= static_cast<float>(scale);
-        }
-        logit.resize(group * keys);
-        weight.resize(group * rows);
-        for (int64_t row = row0; row < row1; ++row) {
-          load(kv_data + page[row] * pages.stride(0) + h * pages.stride(1), k.data(), head_size);
-          for (int64_t g = 0; g < group; ++g) {
-            const float* qg = &q[g * head_size];
-            float* to = &logit[g * keys - key0];
-            if (!is_image[row]) {
-              to[mptr[row]] = dot(qg, k.data(), head_size);
-              continue;
-            }
-            correlate(qg, k.data(), z.data(), half);
-            for (int64_t m = mptr[row]; m < mptr[row + 1]; ++m) to[m] = dot(z.data(), table + mpos[m] * head_size, head_size);
-          }
-        }
-        std::fill(acc.begin(), acc.end(), 0.f);
-        for (int64_t g = 0; g < group; ++g) {
-          float* p = &logit[g * keys];
-          float top = -std::numeric_limits<float>::infinity();
-          for (int64_t m = 0; m < keys; ++m) top = std::max(top, p[m]);
-          exp_in_place(p, keys, top);
-          float total = 0.f;
-          for (int64_t row = row0; row < row1; ++row) {
-            float sum = 0.f;
-            for (int64_t m = mptr[row]; m < mptr[row + 1]; ++m) sum += p[m - key0];
-            weight[g * rows + row - row0] = sum;
-            total += sum;
-          }
-          const float share = 1.f / total;
-          for (int64_t row = 0; row < rows; ++row) weight[g * rows + row] *= share;
-        }
-        for (int64_t row = row0; row < row1; ++row) {
-          load(kv_data + page[row] * pages.stride(0) + h * pages.stride(1) + head_size, k.data(), head_size);
-          for (int64_t g = 0; g < group; ++g) {
-            const float w = weight[g * rows + row - row0];
-            add(k.data(), &acc[g * head_size], head_size, w);
-            if (wants_mass) head_mass.data_ptr<float>()[h * mass.size(0) + row] += w;
-          }
-        }
-        for (int64_t g = 0; g < group; ++g) {
-          store(&acc[g * head_size], out_data + q_row[i] * out.stride(0) + (h * group + g) * out.stride(1), head_size);
-        }
+        const int64_t i = task / shares, share = task % shares, row0 = rptr[req[i]];
+        const int64_t head0 = share * kv_heads / shares, head1 = (share + 1) * kv_heads / shares;
+        const Decode<scalar_t> work{
+            query.data_ptr<scalar_t>() + q_row[i] * query.stride(0) + head0 * group * query.stride(1),
+            pages.data_ptr<scalar_t>() + head0 * pages.stride(1),
+            out.data_ptr<scalar_t>() + q_row[i] * out.stride(0) + head0 * group * out.stride(1),
+            query.stride(1), out.stride(1), pages.stride(0), pages.stride(1),
+            (head1 - head0) * group, group, head_size, static_cast<float>(scale), angles.data_ptr<float>(),
+            row_page.data_ptr<int64_t>() + row0, row_image.data_ptr<bool>() + row0, mptr + row0,
+            member_pos.data_ptr<int64_t>(), rptr[req[i] + 1] - row0,
+            wants_mass ? share_mass.data_ptr<float>() + share * mass.size(0) + row0 : nullptr,
+            &q, &logit, &weight, &acc};
+        if (head_size == 64) work.template run<64>();
+        else if (head_size == 128) work.template run<128>();
+        else work.template run<0>();
       }
     });
   });
-  if (wants_mass) mass.copy_(head_mass.sum(0));
+  if (wants_mass) mass.copy_(share_mass.sum(0));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
