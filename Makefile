@@ -1,9 +1,4 @@
-# make serve                    serve the demo model on port 8000 (PORT=, ARGS= for flags of `vllm serve`)
-# make serve MODEL=/path/to/llava-1.5-7b-hf    prepare that checkpoint and serve it
-# make test | lint              the test suite | ruff and mypy
-# make demo                     questions to a running server
-# make bench                    the benchmark (BENCH_ARGS= for its flags)
-# make clean                    remove the environment and the checkpoints that were made
+# Run `make` or `make help` for what there is.
 
 SHELL := /bin/bash
 PY := .venv/bin/python
@@ -11,7 +6,19 @@ PY := .venv/bin/python
 PORT ?= 8000
 export PORT MODEL ARGS PREPARE_ARGS
 
-.PHONY: setup serve test lint demo bench clean
+.PHONY: help setup serve test lint demo bench clean
+
+help:
+	@echo "make setup   make .venv with everything installed (the others do it first)"
+	@echo "make serve   serve the demo model llava-hybrid; PORT=8000, ARGS='flags of vllm serve'"
+	@echo "             MODEL=/path/to/llava-1.5-7b-hf prepares that checkpoint and serves it;"
+	@echo "             PREPARE_ARGS='flags of vllm-hybrid prepare'"
+	@echo "make demo    ask the running server questions; DEMO_ARGS='flags of examples/demo.py'"
+	@echo "make bench   run the benchmark; BENCH_ARGS='flags of benchmarks/run.py'"
+	@echo "make test    run the test suite; TEST_ARGS='flags of pytest'"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove the environment and the checkpoints that were made"
+	@echo "Set-up reads HYBRID_DEVICE=cpu|cuda, HYBRID_PYTHON and TORCH_INDEX_URL: see setup_hybrid.sh."
 
 setup:
 	@./setup_hybrid.sh

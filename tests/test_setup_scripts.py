@@ -37,7 +37,7 @@ class Checkout:
         self.record = root / "record"
         for name in ("setup_hybrid.sh", "pyproject.toml"):
             shutil.copy(ROOT / name, self.tree)
-        for name in ("cpu-install", "scripts"):
+        for name in ("packaging", "scripts"):
             shutil.copytree(ROOT / name, self.tree / name)
         self.python = self.executable(
             root / "python", RECORDING_PYTHON.format(bash=shutil.which("bash"), python=sys.executable)
@@ -103,11 +103,11 @@ def test_a_failed_installation_fails_the_set_up_and_is_started_over(checkout: Ch
 
 
 def test_cpu_gaps_are_closed_on_a_cpu_only_and_devices_share_no_environment(checkout: Checkout) -> None:
-    assert "./cpu-install/vllm-metadata ./cpu-install/torchvision-operators" in checkout.set_up()
+    assert "./packaging/vllm-metadata ./packaging/torchvision-operators" in checkout.set_up()
     on_cuda = checkout.set_up(HYBRID_DEVICE="cuda")
     assert "venv" in on_cuda.splitlines()
     assert "-e .[cuda,dev]" in on_cuda
-    assert "cpu-install" not in on_cuda
+    assert "packaging" not in on_cuda
 
 
 def test_a_given_torch_index_is_passed_on(checkout: Checkout) -> None:

@@ -1,0 +1,5 @@
+"""Entry point of ``vllm.stat_logger_plugins``, which vLLM loads in the process of its API server."""
+
+from vllm_hybrid.metrics import HybridStatLogger
+
+__all__ = ["HybridStatLogger"]
