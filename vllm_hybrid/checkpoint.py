@@ -57,7 +57,9 @@ def load_config(checkpoint: str | Path) -> Any:
             "give the checkpoint in the format of llava-hf/llava-1.5-7b-hf"
         )
     if kind != "llava":
-        raise ValueError(f"{checkpoint} has model_type {kind!r}, but only 'llava' can be served; give another")
+        raise ValueError(
+            f"{checkpoint} has model_type {kind!r}, but only 'llava' can be served; give another"
+        )
     from transformers import LlavaConfig
 
     config = LlavaConfig.from_pretrained(str(checkpoint))
@@ -79,7 +81,9 @@ def check_shape(config: Any) -> None:
     }
     for key, (value, expected) in wanted.items():
         if value != expected:
-            raise ValueError(f"{key} is {value!r}, but only {expected!r} can be served; give another checkpoint")
+            raise ValueError(
+                f"{key} is {value!r}, but only {expected!r} can be served; give another checkpoint"
+            )
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
             f"vision_feature_layer is {config.vision_feature_layer!r}, but only one layer can be read; "

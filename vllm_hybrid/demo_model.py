@@ -18,7 +18,17 @@ from torch import Tensor
 from .calibrating import Progress, calibrate
 from .checkpoint import ARCHITECTURE, load_tower
 from .demo_pictures import write_pictures
-from .demo_tokenizer import BOS, CONTEXT, EOS, FIRST_PIECE, IMAGE_ID, IMAGE_TOKEN, PAD_ID, write_json, write_tokenizer
+from .demo_tokenizer import (
+    BOS,
+    CONTEXT,
+    EOS,
+    FIRST_PIECE,
+    IMAGE_ID,
+    IMAGE_TOKEN,
+    PAD_ID,
+    write_json,
+    write_tokenizer,
+)
 from .folders import complete_folder
 
 IMAGE_SIZE, PATCH_SIZE, PATCHES = 336, 14, 576
@@ -64,7 +74,9 @@ def write_demo_model(
     with complete_folder(out, force) as folder:
         write_tokenizer(folder)
         _write_processor(folder)
-        made = {name: t.to(torch.bfloat16).contiguous() for name, t in (weights or random_weights)(seed).items()}
+        made = {
+            name: t.to(torch.bfloat16).contiguous() for name, t in (weights or random_weights)(seed).items()
+        }
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / "generation_config.json", _special_ids())
         write_json(folder / "config.json", config(None))

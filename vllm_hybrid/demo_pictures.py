@@ -14,12 +14,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
 
+# fmt: off
 WORDS = (
-    "about after again apple autumn bread bridge bright candle castle cloud corner dinner early evening "
-    "field forest garden gentle harbour house island journey kitchen ladder letter little market meadow "
-    "morning mountain number ocean orange paper pepper quiet river sailor school silver simple station "
-    "stone street summer table thunder travel under valley village water window winter wooden yellow"
-).split()
+    "about", "after", "again", "apple", "autumn", "bread", "bridge", "bright", "candle", "castle",
+    "cloud", "corner", "dinner", "early", "evening", "field", "forest", "garden", "gentle", "harbour",
+    "house", "island", "journey", "kitchen", "ladder", "letter", "little", "market", "meadow",
+    "morning", "mountain", "number", "ocean", "orange", "paper", "pepper", "quiet", "river", "sailor",
+    "school", "silver", "simple", "station", "stone", "street", "summer", "table", "thunder", "travel",
+    "under", "valley", "village", "water", "window", "winter", "wooden", "yellow",
+)
+# fmt: on
 
 
 def pictures(seed: int = 0) -> dict[str, Image.Image]:

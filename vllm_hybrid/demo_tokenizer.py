@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: a sentencepiece BPE with byte fallback as Llama has, trained on own sentences."""
+"""The demo model's tokenizer: a sentencepiece BPE with byte fallback, as Llama has, for our own sentences."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "number": ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     "answer": ("Yes", "No", "Perhaps"),
     "brightness": ("brighter", "darker", "larger", "smaller", "clearer", "busier"),
-    "word": tuple(WORDS),
+    "word": WORDS,
 }
 _ALIASES = {"other": "colour", "word2": "word", "word3": "word"}
 
@@ -82,7 +82,6 @@ def train() -> bytes:
     """Train the sentencepiece model; returns its file's content."""
     import sentencepiece
 
-    # A small vocabulary should not lose ids to letters that the sentences hold no more than once.
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences()),
@@ -113,7 +112,12 @@ def write_tokenizer(folder: Path) -> None:
 
     (folder / "tokenizer.model").write_bytes(train())
     names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": False,
+    }
     config = folder / "tokenizer_config.json"
     config.write_text(json.dumps(names | settings))
     tokenizer = LlamaTokenizer.from_pretrained(str(folder))
@@ -131,7 +135,9 @@ def write_tokenizer(folder: Path) -> None:
         "extra_special_tokens": {"image_token": IMAGE_TOKEN},
     }
     write_json(config, settings | names)
-    write_json(folder / "special_tokens_map.json", names | {"pad_token": PAD_TOKEN, "image_token": IMAGE_TOKEN})
+    write_json(
+        folder / "special_tokens_map.json", names | {"pad_token": PAD_TOKEN, "image_token": IMAGE_TOKEN}
+    )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 

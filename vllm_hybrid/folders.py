@@ -63,7 +63,7 @@ def check_target(target: Path, force: bool) -> None:
         raise ValueError(f"{target} exists and is not empty; give another folder, or --force to replace it")
     if not (target / "config.json").is_file():
         raise ValueError(
-            f"{target} holds no checkpoint (no config.json), so --force does not replace it; give another folder"
+            f"{target} holds no checkpoint (no config.json) for --force to replace; give another folder"
         )
 
 

@@ -1,0 +1,176 @@
+"""The ``vllm-hybrid`` command. Libraries are imported by the command that needs them: help is instant."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+
+app = typer.Typer(
+    help="Prepare LLaVA-1.5 checkpoints for vLLM with merged and pruned image tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Checkpoint = Annotated[Path, typer.Argument(help="Folder of a LLaVA-1.5 checkpoint.", show_default=False)]
+Out = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is already there.")]
+Tokens = Annotated[
+    int | None, typer.Option(help="Live tokens per picture, on average, that calibration is to reach.")
+]
+Images = Annotated[Path | None, typer.Option(help="Folder of pictures to calibrate on.")]
+
+
+def main() -> None:
+    """Run the command. A mistake of the user ends it with one sentence and status 1, wrong usage with 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"vllm-hybrid: error: {_one_line(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"vllm-hybrid {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo_model(
+    out: Out,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    force: Force = False,
+) -> None:
+    """Write a small LLaVA-1.5-shaped checkpoint with random weights, and pictures to send to it."""
+    from .demo_model import write_demo_model
+    from .folders import check_target
+
+    # Before anything is loaded or a bar is shown.
+    check_target(out.absolute(), force)
+    with _progress() as progress:
+        write_demo_model(out, seed, force, progress=progress)
+    print(f"{out}: a demo checkpoint (random weights: its answers make no sense); serve it with")
+    print(f"  vllm serve --model {out}")
+
+
+@app.command()
+def prepare(
+    checkpoint: Checkpoint,
+    out: Out,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(help="File with merge thresholds: JSON, or DyMU's threshold checkpoint (.pth)."),
+    ] = None,
+    level: Annotated[str | None, typer.Option(help="The level to serve, where the file has several.")] = None,
+    images: Images = None,
+    tokens: Tokens = None,
+    fastv_layer: Annotated[
+        int | None, typer.Option(help="Decoder layers before image tokens are dropped; 2 if left out.")
+    ] = None,
+    fastv_ratio: Annotated[
+        float | None, typer.Option(help="Share of an image's live tokens to drop, from 0 to below 1.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Make OUT servable from a LLaVA-1.5 checkpoint; its weights are linked, not copied.
+
+    Without --thresholds or --images nothing is merged; without --fastv-ratio nothing is dropped.
+    """
+    from .preparing import prepare as prepare_checkpoint
+
+    with _progress() as progress:
+        hybrid = prepare_checkpoint(
+            checkpoint,
+            out,
+            thresholds=thresholds,
+            level=level,
+            images=images,
+            tokens=tokens,
+            fastv_layer=fastv_layer,
+            fastv_ratio=fastv_ratio,
+            force=force,
+            progress=progress,
+        )
+    merging = f"level {hybrid.level}" if hybrid.merges and hybrid.level else "on" if hybrid.merges else "off"
+    pruning = f"{hybrid.fastv_ratio:g} after layer {hybrid.fastv_layer}" if hybrid.prunes else "off"
+    print(f"{out}: merging {merging}, FastV {pruning}; serve it with")
+    print(f"  vllm serve --model {out}")
+
+
+@app.command()
+def calibrate(
+    checkpoint: Checkpoint,
+    images: Annotated[
+        Path, typer.Option(help="Folder of pictures that resemble the later ones.", show_default=False)
+    ],
+    tokens: Annotated[
+        int, typer.Option(help="Live tokens per picture to reach on average.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="JSON file to write; printed if left out.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures that share a merging budget.")] = 16,
+    seed: Annotated[int, typer.Option(help="Shuffles the pictures into batches.")] = 0,
+) -> None:
+    """Find merge thresholds that leave TOKENS live tokens of a picture on average."""
+    import json
+
+    from .preparing import calibrate_checkpoint, find_pictures
+    from .threshold_files import write_thresholds
+
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ValueError(f"{out.absolute().parent} is no folder; make it, or give another --out")
+    with _progress() as progress:
+        found = calibrate_checkpoint(checkpoint, images, tokens, batch_size, seed, progress)
+    if out is None:
+        print(json.dumps(found))
+    else:
+        write_thresholds(out, found, tokens, len(find_pictures(images)))
+        print(f"{out}: {len(found)} thresholds for {tokens} tokens on average")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error that appears with the first report; warnings become lines below it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns: list[Any] = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    ]
+    console = Console(stderr=True)
+    tasks: dict[str, Any] = {}
+    # A bar that redraws itself is for a terminal; a log file gets its last state.
+    with warnings.catch_warnings(record=True) as raised, Progress(*columns, console=console) as bar:
+        warnings.simplefilter("always", UserWarning)
+
+        def report(stage: str, done: int, total: int) -> None:
+            name = stage.partition(",")[0]
+            if name not in tasks or bar.tasks[tasks[name]].finished:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done, total=total)
+
+        yield report
+    for warning in raised:
+        if warning.category is UserWarning:
+            console.print(f"vllm-hybrid: warning: {warning.message}", style=None, highlight=False)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""A servable folder from a LLaVA-1.5 checkpoint: weights linked, the rest copied, ``config.json`` completed.
+
+Weights become hard links, which cost no space and outlive a move of either folder. Across file systems they
+become symbolic links to the absolute place: the prepared folder may then move, the checkpoint may not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .calibrating import Progress, calibrate
+from .checkpoint import ARCHITECTURE, load_config, load_tower, merging_layers, read_config, weight_files
+from .config import HybridConfig
+from .folders import check_target, complete_folder
+from .threshold_files import read_thresholds
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def prepare(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    thresholds: str | Path | None = None,
+    level: str | None = None,
+    images: str | Path | None = None,
+    tokens: int | None = None,
+    fastv_layer: int | None = None,
+    fastv_ratio: float | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> HybridConfig:
+    """Write ``out``, a folder that ``vllm serve`` takes, beside a LLaVA-1.5 checkpoint.
+
+    Args:
+        checkpoint: the checkpoint's folder; it is left as it is.
+        out: the folder to write; it appears when it is complete.
+        thresholds: a file with merge thresholds; see :func:`read_thresholds`.
+        level: name of the level to serve where the file has several.
+        images: folder of pictures to calibrate thresholds on instead.
+        tokens: average live tokens per picture that calibration is to reach.
+        fastv_layer: K, decoder layers before image tokens are dropped.
+        fastv_ratio: R, share of live image tokens to drop; left out: none.
+        force: replace a checkpoint at ``out``.
+        progress: called as progress(stage, pictures done, pictures) during calibration.
+
+    Returns:
+        What the folder will be served with. With neither thresholds nor images, nothing merges.
+
+    Raises:
+        ValueError: an argument or the checkpoint is wrong; one sentence says which and why, and
+            nothing is written.
+
+    """
+    if thresholds is not None and images is not None:
+        raise ValueError("both a threshold file and calibration images were given; give one of them")
+    if (images is None) != (tokens is None):
+        raise ValueError("calibration needs both images and a number of tokens; give --images and --tokens")
+    if level is not None and thresholds is None:
+        raise ValueError(f"level {level!r} was given without a threshold file; give --thresholds too")
+    if fastv_layer is not None and not fastv_ratio:
+        raise ValueError(
+            f"--fastv-layer {fastv_layer} has no effect without --fastv-ratio; give --fastv-ratio too"
+        )
+    source, target = Path(os.path.abspath(checkpoint)), Path(os.path.abspath(out))
+    config = load_config(source)
+    weight_files(source)
+    check_target(target, force)
+    if _overlap(source.resolve(), target.resolve()):
+        raise ValueError(f"{out} lies in {checkpoint} or holds it; give a folder beside it")
+
+    # Validated before the slow part, calibration, starts.
+    section: dict[str, Any] = {"thresholds": None}
+    if thresholds is not None:
+        section |= read_thresholds(thresholds, merging_layers(config), config.vision_config.num_hidden_layers)
+    if level is not None:
+        section["default_level"] = level
+    section |= {
+        k: v for k, v in (("fastv_layer", fastv_layer), ("fastv_ratio", fastv_ratio)) if v is not None
+    }
+    parsed = _parse(section, config)
+    if images is not None and tokens is not None:
+        section["thresholds"] = calibrate_checkpoint(source, images, tokens, progress=progress)
+        parsed = _parse(section, config)
+
+    with complete_folder(target, force) as folder:
+        _link_or_copy(source, folder)
+        completed = read_config(source) | {"architectures": [ARCHITECTURE], "hybrid": section}
+        (folder / "config.json").write_text(json.dumps(completed, indent=2) + "\n")
+    return parsed
+
+
+def calibrate_checkpoint(
+    checkpoint: str | Path,
+    images: str | Path,
+    tokens: int,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Thresholds for a checkpoint that leave ``tokens`` live tokens of a folder's pictures on average.
+
+    Runs on the GPU where there is one, in float32.
+
+    Raises:
+        ValueError: the checkpoint, the folder or the number is wrong; one sentence says which and why.
+
+    """
+    import torch
+
+    files = find_pictures(images)
+    tower, image_processor = load_tower(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    layer = load_config(checkpoint).vision_feature_layer
+    return calibrate(tower, image_processor, files, tokens, batch_size, seed, progress, layer)
+
+
+def find_pictures(folder: str | Path) -> list[Path]:
+    """The picture files in a folder and the folders in it, in the order of their paths.
+
+    Raises:
+        ValueError: there is no such folder, or no picture in it.
+
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder; give a folder of pictures")
+    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
+    if not files:
+        raise ValueError(
+            f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}); give a folder of pictures"
+        )
+    return files
+
+
+def _parse(section: dict[str, Any], config: Any) -> HybridConfig:
+    return HybridConfig.parse(
+        section, vision_layers=merging_layers(config), decoder_layers=config.text_config.num_hidden_layers
+    )
+
+
+def _overlap(first: Path, second: Path) -> bool:
+    return first.is_relative_to(second) or second.is_relative_to(first)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    for file in _visible_files(source):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix.lower() in WEIGHT_SUFFIXES:
+            link(file, place)
+        else:
+            shutil.copyfile(file, place)
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Files of a checkpoint, without version control and download caches, which begin with a dot."""
+    children: Sequence[Path] = sorted(folder.iterdir())
+    for child in children:
+        if child.name.startswith("."):
+            continue
+        if child.is_dir():
+            yield from _visible_files(child)
+        elif child.is_file():
+            yield child
+
+
+def link(file: Path, place: Path) -> None:
+    """Make ``place`` a hard link to a file, or a symbolic one where file systems do not allow that.
+
+    Links in a model hub's cache are followed, so that the link is to the data.
+    """
+    data = file.resolve()
+    try:
+        os.link(data, place)
+    except OSError:
+        place.symlink_to(data)
