@@ -152,17 +152,23 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     ]
     console = Console(stderr=True)
     tasks: dict[str, Any] = {}
-    # A bar that redraws itself is for a terminal; a log file gets its last state.
-    with warnings.catch_warnings(record=True) as raised, Progress(*columns, console=console) as bar:
+    bar = Progress(*columns, console=console)
+    with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", UserWarning)
 
         def report(stage: str, done: int, total: int) -> None:
+            bar.start()
             name = stage.partition(",")[0]
             if name not in tasks or bar.tasks[tasks[name]].finished:
                 tasks[name] = bar.add_task(name, total=total)
             bar.update(tasks[name], completed=done, total=total)
 
-        yield report
+        try:
+            yield report
+        finally:
+            # Stopping a bar that never started would print an empty line.
+            if tasks:
+                bar.stop()
     for warning in raised:
         if warning.category is UserWarning:
             console.print(f"vllm-hybrid: warning: {warning.message}", style=None, highlight=False)

@@ -30,15 +30,26 @@ def complete_folder(out: str | Path, force: bool = False) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
-        # mkdtemp lets nobody else in; a server may run as another user.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
         yield partial
+        open_to_readers(partial)
         check_target(target, force)
         _put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give a folder and its plain files the usual permissions.
+
+    Those who make temporary folders and weight files let nobody else in; a server may run as another user.
+    Files with further links belong to somebody else and stay as they are.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
+            file.chmod(0o666 & ~umask)
 
 
 def check_target(target: Path, force: bool) -> None:
