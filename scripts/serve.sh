@@ -36,16 +36,6 @@ prepared_name() {
   echo "prepared/$(basename "$source")-$(cksum <<<"$source" | cut -d' ' -f1)"
 }
 
-# Faster memory allocation and thread start on a CPU, where the libraries are found. vLLM asks for both.
-preload() {
-  local tcmalloc openmp=$BIN/../lib/libiomp5.so found=()
-  tcmalloc=$(PATH=$PATH:/sbin ldconfig -p | sed -n 's/.*libtcmalloc\(_minimal\)\?\.so.* => //p' | head -n 1)
-  [[ -z $tcmalloc ]] || found+=("$tcmalloc")
-  [[ ! -e $openmp ]] || found+=("$(realpath "$openmp")")
-  local IFS=:
-  echo "${found[*]}"
-}
-
 if [[ -n ${MODEL:-} ]]; then
   if [[ ! -d $MODEL ]]; then
     echo "serve: error: MODEL is '$MODEL', which is no folder: give the folder of a LLaVA-1.5 checkpoint" >&2
@@ -62,16 +52,10 @@ fi
 
 # The checkpoint is a folder: nothing is to be looked up on a model hub.
 export HF_HUB_OFFLINE=1
-if [[ $(cut -d' ' -f1 .venv/.made-by-setup-hybrid) == cpu ]]; then
-  if [[ -z ${LD_PRELOAD:-} ]]; then
-    LD_PRELOAD=$(preload)
-    export LD_PRELOAD
-  fi
-  # vLLM keeps one core for its scheduler: of two cores that is half the machine.
-  if (($(nproc) <= 2)); then
-    export VLLM_CPU_NUM_OF_RESERVED_CPU=${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}
-  fi
-  echo "serve: LD_PRELOAD=${LD_PRELOAD:-} VLLM_CPU_NUM_OF_RESERVED_CPU=${VLLM_CPU_NUM_OF_RESERVED_CPU:-}"
+# On a CPU vLLM keeps one core for its scheduler: of two cores that is half the machine.
+if [[ $(cut -d' ' -f1 .venv/.made-by-setup-hybrid) == cpu ]] && (($(nproc) <= 2)); then
+  export VLLM_CPU_NUM_OF_RESERVED_CPU=${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}
+  echo "serve: VLLM_CPU_NUM_OF_RESERVED_CPU=$VLLM_CPU_NUM_OF_RESERVED_CPU"
 fi
 eval "args=(${ARGS:-})"
 echo "serve: vllm serve --model $checkpoint --port ${PORT:-8000} ${args[*]}"
