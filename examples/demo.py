@@ -134,7 +134,7 @@ def kv_saved(patches: float, live: float, kept: float, text: float, lower: int, 
 
 
 def decoder_tiers(folder: str | None) -> tuple[int, int] | None:
-    """Decoder layers before and after FastV's choice, from the served checkpoint where it is on this machine."""
+    """Decoder layers before and after FastV's choice, if the served checkpoint is on this machine."""
     file = Path(folder or "") / "config.json"
     if folder is None or not file.is_file():
         return None
@@ -158,8 +158,11 @@ def counters_after(before: dict[str, float] | None) -> dict[str, float] | None:
 
 def read_counters() -> dict[str, float] | None:
     """The server's counters by name, over all engines; None where it exports none of ours."""
-    with urllib.request.urlopen(f"{BASE_URL}/metrics", timeout=30) as reply:
-        text = reply.read().decode()
+    try:
+        with urllib.request.urlopen(f"{BASE_URL}/metrics", timeout=30) as reply:
+            text = reply.read().decode()
+    except urllib.error.HTTPError:
+        return None
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

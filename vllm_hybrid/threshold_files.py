@@ -100,7 +100,7 @@ def _from_torch(path: Path) -> list[float]:
     values = [_scalar(value, path) for value in content]
     if all(value == 1 for value in values):
         raise ValueError(
-            f"every threshold in {path} is 1, DyMU's starting value; give a checkpoint that has been calibrated"
+            f"every threshold in {path} is 1, DyMU's starting value; give a calibrated checkpoint"
         )
     return values
 
