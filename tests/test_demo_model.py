@@ -1,5 +1,4 @@
-"""The demo checkpoint: transformers loads it offline, its tokenizer is sound, its thresholds tell pictures apart.
-"""
+"""The demo checkpoint: transformers loads it offline; its thresholds tell plain pictures from busy ones."""
 
 from __future__ import annotations
 

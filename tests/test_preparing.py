@@ -1,0 +1,364 @@
+"""Preparing checkpoints: links, configuration, thresholds from files and from pictures, and every refusal."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from tests.tiny_checkpoints import write_checkpoint
+from vllm_hybrid import preparing
+from vllm_hybrid.calibrating import live_counts
+from vllm_hybrid.checkpoint import load_config, load_tower, merging_layers, weight_files
+from vllm_hybrid.demo_pictures import write_pictures
+from vllm_hybrid.preparing import calibrate_checkpoint, find_pictures, prepare
+from vllm_hybrid.threshold_files import read_thresholds, write_thresholds
+
+# The tiny tower has 4 layers, of which 3 run.
+VALUES = [0.9, 0.8, 0.7]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain LLaVA-1.5 checkpoint in two weight files, with transformers' newer weight names."""
+    folder = tmp_path_factory.mktemp("plain") / "llava"
+    write_checkpoint(folder, names="new", shards=2, architecture="LlavaForConditionalGeneration")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "download.lock").touch()
+    (folder / "README.md").write_text("A checkpoint.")
+    return folder
+
+
+def edited(source: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a checkpoint whose config.json is edited; weights are links."""
+    shutil.copytree(source, target, copy_function=os.link)
+    config = json.loads((target / "config.json").read_text())
+    edit(config)
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def section(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["hybrid"]
+
+
+# ---- what is written ------------------------------------------------------------------------------
+
+
+def test_prepared_folder(plain: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    before = sorted(f.name for f in plain.iterdir())
+    hybrid = prepare(plain, out, fastv_layer=3, fastv_ratio=0.75)
+    assert (hybrid.merges, hybrid.fastv_layer, hybrid.fastv_ratio) == (False, 3, 0.75)
+    assert sorted(f.name for f in out.iterdir()) == [name for name in before if not name.startswith(".")]
+    assert sorted(f.name for f in plain.iterdir()) == before
+    for file in plain.glob("*.safetensors"):
+        assert (out / file.name).samefile(file)
+    assert not (out / "tokenizer.json").samefile(plain / "tokenizer.json")
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (plain, out))
+    assert section(out) == {"thresholds": None, "fastv_layer": 3, "fastv_ratio": 0.75}
+    assert new.pop("architectures") == ["LlavaHybridForConditionalGeneration"]
+    del new["hybrid"], old["architectures"]
+    assert new == old
+
+
+def test_prepared_folder_survives_moves(plain: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(plain, source)
+    prepare(source, tmp_path / "a" / "out")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "out").rename(tmp_path / "b" / "moved")
+    shutil.rmtree(source)
+    model, info = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "b" / "moved", output_loading_info=True
+    )
+    assert not any(info.values()) and next(model.parameters()).dtype == torch.float32
+    assert type(AutoProcessor.from_pretrained(tmp_path / "b" / "moved")).__name__ == "LlavaProcessor"
+
+
+def test_other_file_systems_get_symbolic_links(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(preparing.os, "link", refuse)
+    prepare(plain, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    for file in weight_files(tmp_path / "moved"):
+        assert file.is_symlink() and file.readlink() == (plain / file.name).resolve()
+
+
+def test_links_of_a_hub_cache_are_followed(plain: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    for number, file in enumerate(f for f in plain.iterdir() if f.is_file()):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..") / "blobs" / str(number))
+    prepare(snapshot, tmp_path / "out")
+    for file in (tmp_path / "out").iterdir():
+        assert not file.is_symlink()
+    for file in weight_files(tmp_path / "out"):
+        assert file.samefile(snapshot / file.name)
+
+
+def test_force_replaces(plain: Path, tmp_path: Path) -> None:
+    prepare(plain, tmp_path / "out")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        prepare(plain, tmp_path / "out", fastv_ratio=0.5)
+    prepare(plain, tmp_path / "out", fastv_ratio=0.5, force=True)
+    assert section(tmp_path / "out")["fastv_ratio"] == 0.5
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_calibrating_while_preparing(plain: Path, tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures")
+    seen: list[tuple[str, int, int]] = []
+    hybrid = prepare(
+        plain,
+        tmp_path / "out",
+        images=tmp_path / "pictures",
+        tokens=200,
+        progress=lambda *report: seen.append(report),
+    )
+    assert hybrid.thresholds is not None and len(hybrid.thresholds) == 3
+    assert seen[0] == ("thresholds", 8, 8)
+    counts = live_counts(*load_tower(plain), pictures, section(tmp_path / "out")["thresholds"])
+    assert sum(counts) / len(counts) == pytest.approx(200, rel=0.03)
+    assert section(tmp_path / "out")["thresholds"] == calibrate_checkpoint(plain, tmp_path / "pictures", 200)
+
+
+# ---- threshold files ------------------------------------------------------------------------------
+
+
+def saved(value: Any, file: Path) -> Path:
+    if file.suffix == ".json":
+        file.write_text(value if isinstance(value, str) else json.dumps(value))
+    else:
+        torch.save(value, file)
+    return file
+
+
+LEVELS = {"low": VALUES, "high": [0.95, None, 0.9]}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (VALUES, {"thresholds": VALUES}),
+        (LEVELS, {"thresholds": LEVELS}),
+        ({"thresholds": VALUES, "tokens": 90}, {"thresholds": VALUES}),
+        (
+            {"thresholds": LEVELS, "default_level": "high"},
+            {"thresholds": LEVELS, "default_level": "high"},
+        ),
+    ],
+)
+def test_json(content: Any, expected: Any, tmp_path: Path) -> None:
+    assert read_thresholds(saved(content, tmp_path / "t.json"), 3, 4) == expected
+
+
+def dymu_state(values: list[float], blocks: str) -> dict[str, Any]:
+    """An encoder's state as DyMU saves it, its layers in the order of their names."""
+    state: dict[str, Any] = {"module.logit_scale": torch.tensor(4.6), "module.text.weight": torch.ones(2, 2)}
+    for name, value in sorted((f"{blocks}.{i}.threshold", v) for i, v in enumerate(values)):
+        state[name] = torch.tensor(value, dtype=torch.bfloat16)
+        state[name.replace("threshold", "ln_1.weight")] = torch.ones(3)
+    return {"name": "ViT-L-14-336-tome-72out", "state_dict": state}
+
+
+@pytest.mark.parametrize("blocks", ["module.visual.transformer.resblocks", "visual.trunk.blocks"])
+def test_dymu_checkpoint(blocks: str, tmp_path: Path) -> None:
+    values = [0.5 + 0.015625 * i for i in range(24)]
+    file = saved(dymu_state(values, blocks), tmp_path / "ViT-L-14-336-tome-72out.pth")
+    # One for each of 24 layers; LLaVA-1.5 runs 23 of them.
+    assert read_thresholds(file, 23, 24) == {"thresholds": values[:23]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.tensor(VALUES, dtype=torch.float64),
+        VALUES,
+        [*VALUES, 1.0],
+        [torch.tensor(v, dtype=torch.float64) for v in VALUES],
+        {"thresholds": VALUES},
+        {str(i): v for i, v in enumerate(VALUES)},
+        {2: 0.7, 0: 0.9, 1: 0.8},
+        {"state_dict": {f"{i}.threshold": v for i, v in enumerate(VALUES)}},
+    ],
+)
+def test_torch_files(content: Any, tmp_path: Path) -> None:
+    assert read_thresholds(saved(content, tmp_path / "t.pt"), 3, 4) == {"thresholds": VALUES}
+
+
+def test_thresholds_reach_the_configuration(plain: Path, tmp_path: Path) -> None:
+    file = saved(dymu_state([0.75, 0.5, 0.25, 1.0], "visual.transformer.resblocks"), tmp_path / "t.pth")
+    assert prepare(plain, tmp_path / "a", thresholds=file).thresholds == (0.75, 0.5, 0.25)
+    assert section(tmp_path / "a") == {"thresholds": [0.75, 0.5, 0.25]}
+    levels = saved(LEVELS, tmp_path / "levels.json")
+    hybrid = prepare(plain, tmp_path / "b", thresholds=levels, level="high", fastv_ratio=0.5)
+    assert (hybrid.level, hybrid.thresholds) == ("high", (0.95, None, 0.9))
+    assert section(tmp_path / "b") == {"thresholds": LEVELS, "default_level": "high", "fastv_ratio": 0.5}
+
+
+def test_written_thresholds_are_read_again(tmp_path: Path) -> None:
+    write_thresholds(tmp_path / "t.json", VALUES, tokens=90, pictures=7)
+    assert read_thresholds(tmp_path / "t.json", 3, 4) == {"thresholds": VALUES}
+
+
+class Evil:
+    """Would create a file if a checkpoint were unpickled without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_checkpoints_run_no_code(tmp_path: Path) -> None:
+    file = saved(Evil(tmp_path / "mark"), tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint of plain tensors"):
+        read_thresholds(file, 3, 4)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.json", "[0.9", "is not JSON"),
+        ("t.json", {"tokens": 3}, "holds no thresholds"),
+        ("t.json", {"level": [0.1]}, "holds no thresholds"),
+        ("t.json", {}, "holds no thresholds"),
+        ("t.json", 0.9, "holds no thresholds"),
+        ("t.pth", {"weight": torch.ones(3)}, "holds no thresholds"),
+        ("t.pth", torch.ones(3, 3), "holds no list of thresholds"),
+        ("t.pth", [], "holds no list of thresholds"),
+        ("t.pth", "0.9", "holds no list of thresholds"),
+        ("t.pth", [0.9, "high"], "no number \\(str\\)"),
+        ("t.pth", [0.9, torch.ones(2)], "no number \\(Tensor\\)"),
+        ("t.pth", [1.0, 1.0, 1.0], "DyMU's starting value"),
+        ("t.pth", {0: 0.9, 2: 0.8}, "no threshold for layer 1"),
+        ("t.pth", {"a.0.threshold": 0.9, "b.0.threshold": 0.8}, "of several towers \\(a, b\\)"),
+    ],
+)
+def test_refused_threshold_files(name: str, content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_thresholds(saved(content, tmp_path / name), 3, 4)
+    assert str(tmp_path / name) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_refused_torch_garbage(tmp_path: Path) -> None:
+    (tmp_path / "t.pth").write_bytes(b"no checkpoint at all")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        read_thresholds(tmp_path / "t.pth", 3, 4)
+
+
+# ---- refused arguments ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fastv_ratio": 1.0}, "hybrid.fastv_ratio is 1.0"),
+        ({"fastv_ratio": 0.5, "fastv_layer": 8}, "hybrid.fastv_layer is 8, but the decoder has 8 layers"),
+        ({"fastv_layer": 2}, "has no effect without --fastv-ratio"),
+        ({"tokens": 90}, "give --images and --tokens"),
+        ({"images": "pictures"}, "give --images and --tokens"),
+        ({"images": "nowhere", "tokens": 90}, "nowhere is no folder"),
+        ({"images": ".", "tokens": 90}, "holds no pictures"),
+        ({"images": "pictures", "tokens": 576}, "576 live tokens cannot be had"),
+        ({"images": "pictures", "tokens": 90, "thresholds": "t.json"}, "give one of them"),
+        ({"level": "low"}, "without a threshold file"),
+        ({"thresholds": "nowhere.json"}, "nowhere.json is no file"),
+        ({"thresholds": "long.json"}, "has 5 entries, but the vision tower executes 3 layers"),
+        ({"thresholds": "levels.json"}, "hybrid.default_level is missing"),
+        ({"thresholds": "levels.json", "level": "huge"}, "'huge', which is no level"),
+    ],
+)
+def test_refused_arguments(
+    plain: Path, arguments: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    write_pictures(tmp_path / "pictures")
+    saved(VALUES, tmp_path / "t.json")
+    saved([*VALUES, 0.9, 0.9], tmp_path / "long.json")
+    saved(LEVELS, tmp_path / "levels.json")
+    for key in ("thresholds", "images"):
+        if arguments.get(key) not in (None, "."):
+            arguments = arguments | {key: tmp_path / arguments[key]}
+    with pytest.raises(ValueError, match=message) as refusal:
+        prepare(plain, tmp_path / "out", **arguments)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("place", ["llava", "llava/out", "."])
+def test_places_that_overlap(plain: Path, place: str) -> None:
+    with pytest.raises(ValueError, match=r"lies in .* or holds it|exists and is not empty"):
+        prepare(plain, plain.parent / place)
+    if place == "llava":
+        with pytest.raises(ValueError, match=r"lies in .* or holds it"):
+            prepare(plain, plain, force=True)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"model_type": "llava_llama"}, "LLaVA's own format; give the checkpoint in the format of llava-hf"),
+        ({"model_type": "llava_next"}, "model_type 'llava_next', but only 'llava'"),
+        ({"vision_feature_select_strategy": "full"}, "is 'full', but only 'default'"),
+        ({"vision_feature_layer": [-2, -5]}, "only one layer can be read"),
+        ({"vision_feature_layer": -9}, "vision_feature_layer is -9, but the vision tower has 4 layers"),
+        ({"text_config": {"model_type": "mistral"}}, "text_config.model_type is 'mistral'"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config.model_type is 'siglip"),
+    ],
+)
+def test_refused_checkpoints(plain: Path, edit: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = edited(plain, tmp_path / "source", lambda config: config.update(edit))
+    with pytest.raises(ValueError, match=message):
+        prepare(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_folders(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        prepare(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        prepare(plain.parent, tmp_path / "out")
+    source = edited(plain, tmp_path / "source", lambda config: None)
+    (source / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is missing"):
+        prepare(source, tmp_path / "out")
+    (source / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        prepare(source, tmp_path / "out")
+
+
+def test_towers_of_both_namings_are_read(plain: Path, tmp_path: Path) -> None:
+    old, _ = load_tower(write_checkpoint(tmp_path / "old", names="old"))
+    new, _ = load_tower(plain)
+    old_state, new_state = old.state_dict(), new.state_dict()
+    assert old_state.keys() == new_state.keys()
+    assert all(torch.equal(old_state[name], new_state[name]) for name in old_state)
+    assert merging_layers(load_config(plain)) == 3
+
+
+def test_pictures_are_found_in_folders(tmp_path: Path) -> None:
+    for name in ("b.PNG", "sub/a.jpeg", "notes.txt", "a.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [f.name for f in find_pictures(tmp_path)] == ["a.webp", "b.PNG", "a.jpeg"]
