@@ -40,6 +40,7 @@ class Implementation:
 
     load: Callable[[], object]
 
+    write_pages: Callable[..., None]
     walk_pages: Callable[..., VirtualKeys]
     plan: Callable[[TierBatch], Any]
     attend: Callable[..., None]
@@ -55,9 +56,17 @@ def _attend_cpu(query, pages, batch, plan, angles, scale, out) -> None:  # type:
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": Implementation(lambda: None, walk_pages, lambda batch: None, _attend_reference, unmerging.attention_mass),
+    "reference": Implementation(
+        lambda: None,
+        unmerging.write_pages,
+        walk_pages,
+        lambda batch: None,
+        _attend_reference,
+        unmerging.attention_mass,
+    ),
     "cpu": Implementation(
         cpu_attention.extension,
+        cpu_attention.write_pages,
         cpu_attention.walk_pages,
         cpu_attention.plan_attention,
         _attend_cpu,
@@ -191,7 +200,7 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         batch, angles = attn_metadata.batch, self.angles
         assert angles is not None, "the model sets the rotation angles before its first step"
         pages, _ = unmerging.page_rows(kv_cache)
-        unmerging.write_pages(key, value, pages, batch.page_slots)
+        self.implementation.write_pages(key, value, pages, batch.page_slots)
         self.implementation.attend(query, pages, batch, attn_metadata.plan, angles, self.scale, output)
         if self.ranks_images and batch.ranked:
             batch.mass = self.implementation.attention_mass(query, pages, batch, angles, self.scale)

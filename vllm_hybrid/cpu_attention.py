@@ -79,6 +79,11 @@ def walk_pages(
     return VirtualKeys(*extension().walk_pages(facts, block_table, seq_lens, patches, rows_per_block))
 
 
+def write_pages(key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> None:
+    """:func:`vllm_hybrid.unmerging.write_pages` in C++; same arguments."""
+    extension().write_rows(key, value, pages, slots)
+
+
 @dataclass
 class VirtualPrefill:
     """Virtual queries and keys of all requests with several queries, one request after the other.
@@ -93,6 +98,7 @@ class VirtualPrefill:
         segment_rows, segment_ptr: the live rows among them and each one's stretch of ``by_row``.
         key_page, key_positions, key_image: of every virtual key its page row, position, and kind.
         key_ptr: int64 [requests + 1], a request's stretch of virtual keys.
+        scratch: what the dense kernel prepares once for all layers.
 
     """
 
@@ -107,6 +113,7 @@ class VirtualPrefill:
     key_positions: torch.Tensor
     key_image: torch.Tensor
     key_ptr: torch.Tensor
+    scratch: Any = None
 
 
 @dataclass
@@ -170,18 +177,11 @@ def _stretches(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.tensor([0, *(p.shape[0] for p in parts)]).cumsum(0)
 
 
-CausalAttention = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor
-]
+CausalAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, VirtualPrefill, float], torch.Tensor]
 
 
 def torch_causal_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_ptr: torch.Tensor,
-    key_ptr: torch.Tensor,
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: VirtualPrefill, scale: float
 ) -> torch.Tensor:
     """Causal attention inside each of several sequences, aligned at their ends.
 
@@ -189,8 +189,7 @@ def torch_causal_attention(
         query: [queries, heads, head_size], sequence after sequence.
         key: [keys, kv_heads, head_size].
         value: [keys, kv_heads, head_size].
-        query_ptr: int64 [sequences + 1], each one's stretch of queries.
-        key_ptr: int64 [sequences + 1], each one's stretch of keys.
+        plan: its query_ptr and key_ptr part the sequences.
         scale: factor on the scores.
 
     Returns:
@@ -199,8 +198,8 @@ def torch_causal_attention(
     """
     out = torch.empty_like(query)
     group = query.shape[1] // key.shape[1]
-    bounds = zip(query_ptr[:-1].tolist(), query_ptr[1:].tolist(), key_ptr[:-1].tolist(), key_ptr[1:].tolist(), strict=True)
-    for q0, q1, k0, k1 in bounds:
+    queries, keys = plan.query_ptr.tolist(), plan.key_ptr.tolist()
+    for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:], strict=False):
         q = query[q0:q1].transpose(0, 1)
         k, v = (x[k0:k1].transpose(0, 1).repeat_interleave(group, dim=0) for x in (key, value))
         square = q1 - q0 == k1 - k0
@@ -247,7 +246,7 @@ def _prefill(
     ops.expand(query, plan.rows, plan.positions, plan.image, angles, 0, True, q)
     ops.expand(pages, plan.key_page, plan.key_positions, plan.key_image, angles, 0, True, k)
     ops.expand(pages, plan.key_page, plan.key_positions, plan.key_image, angles, head_size, False, v)
-    copies = causal_attention(q, k, v, plan.query_ptr, plan.key_ptr, scale)
+    copies = causal_attention(q, k, v, plan, scale)
     ops.segment_mean(copies, plan.by_row, plan.segment_ptr, plan.segment_rows, out)
 
 

@@ -2,75 +2,117 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from .cpu_attention import VirtualPrefill
 
 
 _BLOCK = 128
 
 
-def causal_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_ptr: torch.Tensor,
-    key_ptr: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """:func:`vllm_hybrid.cpu_attention.torch_causal_attention` by vLLM's kernel; same arguments and result.
+@dataclass
+class ScratchPages:
+    """Where the expanded keys of a step stand while the kernel reads them; one layout for all layers.
 
-    The kernel reads keys from pages, so they are laid out in scratch pages first.
+    Attributes:
+        blocks: scratch blocks in all.
+        last_blocks: int64 [sequences], the last block of each sequence.
+        slots: int64 [keys], scratch slot of each key.
+        table: int32 [sequences, blocks per sequence].
+        query_start: int32 [sequences + 1].
+        lengths: int32 [sequences], keys of each sequence.
+        schedule: the kernel's own plan, made with the first layer.
+
     """
-    sequences = key_ptr.shape[0] - 1
-    lengths = key_ptr.diff()
-    blocks = -(-lengths // _BLOCK)
-    first_block = blocks.cumsum(0) - blocks
-    places = torch.arange(key.shape[0]) - key_ptr[:-1].repeat_interleave(lengths)
-    slots = places + (first_block * _BLOCK).repeat_interleave(lengths)
-    table = (first_block[:, None] + torch.arange(int(blocks.max()))).int()
+
+    blocks: int
+    last_blocks: torch.Tensor
+    slots: torch.Tensor
+    table: torch.Tensor
+    query_start: torch.Tensor
+    lengths: torch.Tensor
+    schedule: torch.Tensor | None = None
+
+    @classmethod
+    def lay_out(cls, query_ptr: torch.Tensor, key_ptr: torch.Tensor) -> ScratchPages:
+        """Give every sequence blocks of its own.
+
+        Args:
+            query_ptr: int64 [sequences + 1], each one's stretch of queries.
+            key_ptr: int64 [sequences + 1], each one's stretch of keys.
+
+        """
+        lengths = key_ptr.diff()
+        blocks = -(-lengths // _BLOCK)
+        first = blocks.cumsum(0) - blocks
+        shift = (first * _BLOCK - key_ptr[:-1]).repeat_interleave(lengths)
+        return cls(
+            blocks=int(blocks.sum()),
+            last_blocks=first + blocks - 1,
+            slots=torch.arange(int(key_ptr[-1])) + shift,
+            table=(first[:, None] + torch.arange(int(blocks.max()))).int(),
+            query_start=query_ptr.int(),
+            lengths=lengths.int(),
+        )
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: VirtualPrefill, scale: float
+) -> torch.Tensor:
+    """:func:`vllm_hybrid.cpu_attention.torch_causal_attention` by vLLM's kernel; same arguments and result."""
+    if plan.scratch is None:
+        plan.scratch = ScratchPages.lay_out(plan.query_ptr, plan.key_ptr)
+    return _attend(query, key, value, plan.scratch, scale, causal=True)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pages: ScratchPages, scale: float, causal: bool
+) -> torch.Tensor:
     heads, head_size = query.shape[1:]
     kv_heads = key.shape[1]
     isa = _get_attn_isa(query.dtype, _BLOCK, head_size, "auto")
-    cache = query.new_empty(int(blocks.sum()), kv_heads, 2 * _BLOCK, head_size)
+    cache = query.new_empty(pages.blocks, kv_heads, 2 * _BLOCK, head_size)
     key_cache, value_cache = cache.chunk(2, dim=2)
-    # The kernel multiplies whole blocks, so what stands behind the last key must be finite.
-    ends = first_block + blocks - 1
-    cache[ends] = 0
+    # The kernel multiplies whole blocks, so what stands behind a sequence's last key must be finite.
+    cache[pages.last_blocks] = 0
     ops.cpu_attn_reshape_and_cache(
-        key, value, key_cache, value_cache, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+        key, value, key_cache, value_cache, pages.slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
     )
-    starts, seq_lens = query_ptr.int(), lengths.int()
-    schedule = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=sequences,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_size,
-        seq_lens=seq_lens,
-        dtype=query.dtype,
-        query_start_loc=starts,
-        causal=True,
-        sliding_window_size=-1,
-        isa=isa,
-        enable_kv_split=True,
-        dynamic_causal=None,
-        kv_cache_dtype="auto",
-    )
+    if pages.schedule is None:
+        pages.schedule = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=pages.lengths.shape[0],
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_size,
+            seq_lens=pages.lengths,
+            dtype=query.dtype,
+            query_start_loc=pages.query_start,
+            causal=causal,
+            sliding_window_size=-1,
+            isa=isa,
+            enable_kv_split=True,
+            dynamic_causal=None,
+            kv_cache_dtype="auto",
+        )
     out = torch.empty_like(query)
     ops.cpu_attention_with_kv_cache(
         query=query,
         key_cache=key_cache,
         value_cache=value_cache,
         output=out,
-        query_start_loc=starts,
-        seq_lens=seq_lens,
+        query_start_loc=pages.query_start,
+        seq_lens=pages.lengths,
         scale=scale,
-        causal=True,
+        causal=causal,
         alibi_slopes=None,
         sliding_window=-1,
-        block_table=table,
+        block_table=pages.table,
         softcap=0,
-        scheduler_metadata=schedule,
+        scheduler_metadata=pages.schedule,
         s_aux=None,
         dynamic_causal=None,
         k_scale=1.0,
@@ -78,5 +120,3 @@ def causal_attention(
         kv_cache_dtype="auto",
     )
     return out
-
-

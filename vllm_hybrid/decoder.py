@@ -208,8 +208,7 @@ class HybridLlamaModel(nn.Module):
             images: the images of the step, None where there are none.
 
         Returns:
-            [N, hidden]; a merged token's row stands at all of its patches, a dropped token's rows hold
-            those of some other row and are never sampled from.
+            [N, hidden]; in steps with images only the last virtual row of each request is filled.
 
         """
         hidden_states = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
@@ -255,8 +254,10 @@ class HybridLlamaModel(nn.Module):
         hidden_states = self.norm(hidden_states, residual)[0]
         if step.images is None and padded == plan.rows.shape[0]:
             return hidden_states
-        virtual = hidden_states.new_zeros(padded, hidden_states.shape[1])
-        virtual[: plan.row_of.shape[0]] = hidden_states[plan.row_of.clamp(min=0)]
+        # Of the virtual rows only each request's last one is ever sampled from.
+        virtual = hidden_states.new_empty(padded, hidden_states.shape[1])
+        last = torch.tensor(step.query_start[1:], device=hidden_states.device) - 1
+        virtual[last] = hidden_states[plan.row_of[last]]
         return virtual
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

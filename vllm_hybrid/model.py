@@ -134,7 +134,7 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         """Live tokens of encoded images, with one read from the device for all of them."""
         if not embeddings:
             return []
-        return (self._owners(torch.stack(list(embeddings))).amax(dim=1) + 1).tolist()
+        return (self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in embeddings])).amax(dim=1) + 1).tolist()
 
     def embed_input_ids(
         self,
@@ -161,12 +161,11 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
                 f"a step holds image pieces of {sorted(sizes)} rows instead of whole images of {self.patches}; "
                 "the scheduler must not split images"
             )
-        items = torch.stack(list(multimodal_embeddings))
+        owner = self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in multimodal_embeddings]))
         rows = is_multimodal.nonzero()[:, 0].view(-1, self.patches)
-        self._images = StepImages(first_row=rows[:, 0].contiguous().to(items.device), owner=self._owners(items))
-        return super().embed_input_ids(
-            input_ids, list(items[..., :-_OWNER_CHANNELS]), is_multimodal=is_multimodal
-        )
+        self._images = StepImages(first_row=rows[:, 0].contiguous().to(owner.device), owner=owner)
+        features = [e[:, :-_OWNER_CHANNELS] for e in multimodal_embeddings]
+        return super().embed_input_ids(input_ids, features, is_multimodal=is_multimodal)
 
     def forward(
         self,

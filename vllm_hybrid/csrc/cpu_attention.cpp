@@ -196,6 +196,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> walk_pages(const Tensor& fact
   return {longs(row_ptr), longs(row_page), image, longs(member_ptr), longs(member_pos)};
 }
 
+// pages[slots[i], h] = key[i, h] followed by value[i, h].
+void write_rows(const Tensor& key, const Tensor& value, const Tensor& pages, const Tensor& slots) {
+  const int64_t n = slots.size(0), heads = pages.size(1), head_size = key.size(2);
+  TORCH_CHECK(key.stride(2) == 1 && value.stride(2) == 1 && pages.stride(2) == 1 &&
+                  key.scalar_type() == pages.scalar_type() && value.scalar_type() == pages.scalar_type(),
+              "write needs unit stride along the head and one dtype");
+  const int64_t* slot = slots.data_ptr<int64_t>();
+  const size_t item = key.element_size(), width = head_size * item;
+  const char *k = static_cast<const char*>(key.data_ptr()), *v = static_cast<const char*>(value.data_ptr());
+  char* to = static_cast<char*>(pages.data_ptr());
+  at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t h = 0; h < heads; ++h) {
+        char* cell = to + (slot[i] * pages.stride(0) + h * pages.stride(1)) * item;
+        std::memcpy(cell, k + (i * key.stride(0) + h * key.stride(1)) * item, width);
+        std::memcpy(cell + width, v + (i * value.stride(0) + h * value.stride(1)) * item, width);
+      }
+    }
+  });
+}
+
 // out[i, h, :] = source[rows[i], h, offset : offset + head_size], rotated to positions[i] where image[i].
 void expand(const Tensor& source, const Tensor& rows, const Tensor& positions, const Tensor& image,
             const Tensor& angles, int64_t offset, bool rotated, const Tensor& out) {
@@ -355,6 +376,7 @@ void decode(const Tensor& query, const Tensor& query_rows, const Tensor& request
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("walk_pages", &walk_pages);
+  m.def("write_rows", &write_rows);
   m.def("expand", &expand);
   m.def("segment_mean", &segment_mean);
   m.def("decode", &decode);
