@@ -13,7 +13,7 @@ help:
 	@echo "make serve   serve the demo model llava-hybrid; PORT=8000, ARGS='flags of vllm serve'"
 	@echo "             MODEL=/path/to/llava-1.5-7b-hf prepares that checkpoint and serves it;"
 	@echo "             PREPARE_ARGS='flags of vllm-hybrid prepare'"
-	@echo "make demo    ask the running server questions; DEMO_ARGS='flags of examples/demo.py'"
+	@echo "make demo    ask the running server questions; PORT=8000, DEMO_ARGS='flags of examples/demo.py'"
 	@echo "make bench   run the benchmark; BENCH_ARGS='flags of benchmarks/run.py'"
 	@echo "make test    run the test suite; TEST_ARGS='flags of pytest'"
 	@echo "make lint    ruff and mypy"
@@ -35,7 +35,7 @@ lint: setup
 	$(PY) -m mypy
 
 demo: setup
-	$(PY) examples/demo.py $(DEMO_ARGS)
+	BASE_URL=$${BASE_URL:-http://localhost:$(PORT)} $(PY) examples/demo.py $(DEMO_ARGS)
 
 bench: setup
 	HF_HUB_OFFLINE=1 $(PY) benchmarks/run.py $(BENCH_ARGS)
