@@ -6,6 +6,7 @@
 #   PORT           where to listen; default 8000
 #   ARGS           further arguments of `vllm serve`
 #
+# On a CPU, VLLM_CPU_KVCACHE_SPACE is the size of the KV cache in GiB; default 4.
 # ARGS and PREPARE_ARGS are read as the shell reads a command line: quoted arguments stay whole.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -52,11 +53,20 @@ fi
 
 # The checkpoint is a folder: nothing is to be looked up on a model hub.
 export HF_HUB_OFFLINE=1
-# On a CPU vLLM keeps one core for its scheduler: of two cores that is half the machine.
-if [[ $(cut -d' ' -f1 .venv/.made-by-setup-hybrid) == cpu ]] && (($(nproc) <= 2)); then
-  export VLLM_CPU_NUM_OF_RESERVED_CPU=${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}
-  echo "serve: VLLM_CPU_NUM_OF_RESERVED_CPU=$VLLM_CPU_NUM_OF_RESERVED_CPU"
-fi
 eval "args=(${ARGS:-})"
+
+if [[ $(cut -d' ' -f1 .venv/.made-by-setup-hybrid) == cpu ]]; then
+  # vLLM keeps one core for its scheduler: of two cores that is half the machine.
+  if (($(nproc) <= 2)); then
+    export VLLM_CPU_NUM_OF_RESERVED_CPU=${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}
+  fi
+  # Without a size vLLM takes 92 % of the machine's memory, and refuses to start where other programs need more
+  # than the rest.
+  if [[ " ${args[*]}" != *" --gpu-memory-utilization"* && " ${args[*]}" != *" --kv-cache-memory-bytes"* ]]; then
+    export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
+  fi
+  echo "serve: VLLM_CPU_NUM_OF_RESERVED_CPU=${VLLM_CPU_NUM_OF_RESERVED_CPU:-}" \
+    "VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-} (GiB)"
+fi
 echo "serve: vllm serve --model $checkpoint --port ${PORT:-8000} ${args[*]}"
 exec "$BIN/vllm" serve --model "$checkpoint" --port "${PORT:-8000}" "${args[@]}"
