@@ -147,7 +147,7 @@ def test_demo_model(tmp_path: Path) -> None:
     call = [sys.executable, "-m", "vllm_hybrid.cli", "demo-model", str(out)]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"vllm serve --model {out}" in done.stdout
+    assert f"vllm serve {out}" in done.stdout
     assert (out / "model.safetensors").is_file()
     assert [f.name for f in tmp_path.iterdir()] == ["llava-hybrid"]
 

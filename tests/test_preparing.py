@@ -324,6 +324,10 @@ def test_places_that_overlap(plain: Path, place: str) -> None:
         ({"vision_feature_layer": [-2, -5]}, "only one layer can be read"),
         ({"vision_feature_layer": -9}, "vision_feature_layer is -9, but the vision tower has 4 layers"),
         ({"text_config": {"model_type": "mistral"}}, "text_config.model_type is 'mistral'"),
+        (
+            {"text_config": {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_type is 'linear'",
+        ),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config.model_type is 'siglip"),
     ],
 )
@@ -332,6 +336,32 @@ def test_refused_checkpoints(plain: Path, edit: dict[str, Any], message: str, tm
     with pytest.raises(ValueError, match=message):
         prepare(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_defaults_that_a_published_configuration_leaves_out(tmp_path: Path) -> None:
+    config = {
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "image_size": 336,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+        },
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "llava" / "model.safetensors").touch()
+    file = saved(dymu_state([0.75] * 24, "module.visual.transformer.resblocks"), tmp_path / "t.pth")
+    hybrid = prepare(tmp_path / "llava", tmp_path / "out", thresholds=file, fastv_layer=31, fastv_ratio=0.5)
+    assert hybrid.thresholds == (0.75,) * 23 and hybrid.fastv_layer == 31
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["text_config"] == config["text_config"]
 
 
 def test_refused_folders(plain: Path, tmp_path: Path) -> None:

@@ -74,10 +74,12 @@ def check_shape(config: Any) -> None:
         ValueError: the first property that does not fit.
 
     """
+    rope = getattr(config.text_config, "rope_parameters", None) or {}
     wanted = {
         "vision_config.model_type": (config.vision_config.model_type, "clip_vision_model"),
         "text_config.model_type": (config.text_config.model_type, "llama"),
         "vision_feature_select_strategy": (config.vision_feature_select_strategy, "default"),
+        "text_config.rope_parameters.rope_type": (rope.get("rope_type", "default"), "default"),
     }
     for key, (value, expected) in wanted.items():
         if value != expected:

@@ -61,7 +61,7 @@ def demo_model(
     with _progress() as progress:
         write_demo_model(out, seed, force, progress=progress)
     print(f"{out}: a demo checkpoint (random weights: its answers make no sense); serve it with")
-    print(f"  vllm serve --model {out}")
+    print(f"  vllm serve {out}")
 
 
 @app.command()
@@ -105,7 +105,7 @@ def prepare(
     merging = f"level {hybrid.level}" if hybrid.merges and hybrid.level else "on" if hybrid.merges else "off"
     pruning = f"{hybrid.fastv_ratio:g} after layer {hybrid.fastv_layer}" if hybrid.prunes else "off"
     print(f"{out}: merging {merging}, FastV {pruning}; serve it with")
-    print(f"  vllm serve --model {out}")
+    print(f"  vllm serve {out}")
 
 
 @app.command()
