@@ -90,6 +90,25 @@ def test_a_cpu_installation_answers_to_the_name_vllm_with_metadata_alone() -> No
     assert not distribution("vllm").entry_points
 
 
+def test_vllm_finds_the_stat_logger() -> None:
+    from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
+
+    from vllm_hybrid.metrics import HybridStatLogger
+
+    assert HybridStatLogger in load_stat_logger_plugin_factories()
+
+
+@on_cpu_build
+@pytest.mark.parametrize("library", ["torchaudio", "torchcodec"])
+def test_an_audio_library_can_be_imported_or_is_absent_with_its_requirement_met(library: str) -> None:
+    assert version(library)
+    printed = python(
+        "import importlib.util, transformers.audio_utils\n"
+        f"print(importlib.util.find_spec({library!r}) is not None)"
+    )
+    assert printed == str(not version(library).endswith("+absent"))
+
+
 @on_cpu_build
 def test_torchvision_imports_and_transforms_on_a_cpu_build_of_torch() -> None:
     printed = python(

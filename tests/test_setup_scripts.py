@@ -110,6 +110,16 @@ def test_cpu_gaps_are_closed_on_a_cpu_only_and_devices_share_no_environment(chec
     assert "packaging" not in on_cuda
 
 
+def test_audio_libraries_are_replaced_only_where_they_cannot_be_imported(checkout: Checkout) -> None:
+    importable = checkout.root / "modules"
+    importable.mkdir()
+    (importable / "torchaudio.py").write_text("")
+    (importable / "torchcodec.py").write_text("raise OSError('built for CUDA')")
+    recorded = checkout.set_up(PYTHONPATH=str(importable))
+    assert "torchaudio-absent" not in recorded
+    assert "--force-reinstall ./packaging/torchcodec-absent" in recorded
+
+
 def test_a_given_torch_index_is_passed_on(checkout: Checkout) -> None:
     assert "--extra-index-url" not in checkout.set_up()
     assert "--extra-index-url file:///torch " in checkout.set_up(TORCH_INDEX_URL="file:///torch")
@@ -172,6 +182,20 @@ def test_a_failed_demo_model_is_not_served_and_is_made_again(installed: Checkout
     assert installed.run("scripts/serve.sh", FAIL="1").returncode != 0
     assert not (installed.tree / "llava-hybrid").exists()
     assert served(installed.run("scripts/serve.sh"))[2] == "llava-hybrid"
+
+
+def test_a_cpu_server_has_a_kv_cache_size_unless_the_user_gives_one(installed: Checkout) -> None:
+    installed.executable(
+        installed.venv / "bin" / "vllm", '#!/bin/bash\necho "size=${VLLM_CPU_KVCACHE_SPACE:-none}"\n'
+    )
+
+    def size(**environment: str) -> str:
+        return installed.run("scripts/serve.sh", **environment).stdout.splitlines()[-1]
+
+    assert size() == "size=4"
+    assert size(VLLM_CPU_KVCACHE_SPACE="9") == "size=9"
+    assert size(ARGS="--gpu-memory-utilization 0.5") == "size=none"
+    assert size(ARGS="--kv-cache-memory-bytes 1G") == "size=none"
 
 
 def test_port_and_quoted_arguments_reach_vllm(installed: Checkout) -> None:
