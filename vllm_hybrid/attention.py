@@ -76,7 +76,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 def implementation() -> Implementation:
-    """The implementation the environment asks for, loaded; ``cpu`` unless VLLM_HYBRID_ATTENTION says otherwise.
+    """The implementation VLLM_HYBRID_ATTENTION names, ``cpu`` where it is not set, loaded.
 
     Raises:
         ValueError: the environment names none that exists.
@@ -84,7 +84,9 @@ def implementation() -> Implementation:
     """
     name = os.environ.get(IMPLEMENTATION_ENV, "cpu")
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"{IMPLEMENTATION_ENV}={name!r} is not an implementation; use one of {sorted(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"{IMPLEMENTATION_ENV}={name!r} is not an implementation; use one of {sorted(IMPLEMENTATIONS)}"
+        )
     chosen = IMPLEMENTATIONS[name]
     # Compiling on the first request would keep it waiting.
     chosen.load()
@@ -226,5 +228,3 @@ class HybridAttention(Attention):
             head_size_v=self.head_size_v,
             dtype=self.kv_cache_torch_dtype,
         )
-
-

@@ -10,7 +10,6 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from .cpu_attention import VirtualPrefill
 
-
 _BLOCK = 128
 
 
@@ -63,14 +62,19 @@ class ScratchPages:
 def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: VirtualPrefill, scale: float
 ) -> torch.Tensor:
-    """:func:`vllm_hybrid.cpu_attention.torch_causal_attention` by vLLM's kernel; same arguments and result."""
+    """What :func:`vllm_hybrid.cpu_attention.torch_causal_attention` does, by vLLM's kernel."""
     if plan.scratch is None:
         plan.scratch = ScratchPages.lay_out(plan.query_ptr, plan.key_ptr)
     return _attend(query, key, value, plan.scratch, scale, causal=True)
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pages: ScratchPages, scale: float, causal: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: ScratchPages,
+    scale: float,
+    causal: bool,
 ) -> torch.Tensor:
     heads, head_size = query.shape[1:]
     kv_heads = key.shape[1]

@@ -116,7 +116,9 @@ class _Stack(nn.Module):
 class LowerStack(_Stack):
     """The layers before FastV's choice."""
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
@@ -140,7 +142,9 @@ class HybridLlamaModel(nn.Module):
 
     hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", hybrid: HybridConfig, patches: int) -> None:
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str = "", hybrid: HybridConfig, patches: int
+    ) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.config = config
@@ -152,7 +156,10 @@ class HybridLlamaModel(nn.Module):
         attention = _attention_type(hybrid)
         self.layers = nn.ModuleList(
             LlamaDecoderLayer(
-                vllm_config=vllm_config, prefix=f"{prefix}.layers.{i}", config=config, attn_layer_type=attention
+                vllm_config=vllm_config,
+                prefix=f"{prefix}.layers.{i}",
+                config=config,
+                attn_layer_type=attention,
             )
             for i in range(config.num_hidden_layers)
         )
@@ -163,7 +170,9 @@ class HybridLlamaModel(nn.Module):
             LowerStack(vllm_config=vllm_config, prefix=f"{prefix}.lower", layers=self.layers[:split])
         ]
         if split < len(self.layers):
-            stacks.append(UpperStack(vllm_config=vllm_config, prefix=f"{prefix}.upper", layers=self.layers[split:]))
+            stacks.append(
+                UpperStack(vllm_config=vllm_config, prefix=f"{prefix}.upper", layers=self.layers[split:])
+            )
         self._stacks = tuple(stacks)
         self._first_layers = [self.layers[0], *([self.layers[split]] if len(stacks) > 1 else [])]
         self._pages = [TierPages(patches) for _ in stacks]
@@ -243,8 +252,9 @@ class HybridLlamaModel(nn.Module):
             hidden_states = hidden_states[plan.rows]
         hidden_states, residual = self._stacks[0](_rope_positions(plan, step), hidden_states)
         if len(self._stacks) > 1:
-            lower, plan = plan, step.upper_plan(
-                plan, batch, self.hybrid.fastv_ratio, self.config.num_attention_heads
+            lower, plan = (
+                plan,
+                step.upper_plan(plan, batch, self.hybrid.fastv_ratio, self.config.num_attention_heads),
             )
             step.tier_batch(plan, metadata[1], self._pages[1], self.implementation)
             if plan is not lower:
@@ -285,7 +295,9 @@ def _attention_type(hybrid: HybridConfig) -> type[LlamaAttention]:
 class HybridLlamaForCausalLM(LlamaForCausalLM):
     """Llama with a decoder that computes live rows only; head and weights are vLLM's."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", hybrid: HybridConfig, patches: int) -> None:
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str = "", hybrid: HybridConfig, patches: int
+    ) -> None:
         self._hybrid, self._patches = hybrid, patches
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 

@@ -134,7 +134,9 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         """Live tokens of encoded images, with one read from the device for all of them."""
         if not embeddings:
             return []
-        return (self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in embeddings])).amax(dim=1) + 1).tolist()
+        return (
+            self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in embeddings])).amax(dim=1) + 1
+        ).tolist()
 
     def embed_input_ids(
         self,
@@ -158,7 +160,7 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         sizes = {e.shape[0] for e in multimodal_embeddings}
         if sizes != {self.patches}:
             raise RuntimeError(
-                f"a step holds image pieces of {sorted(sizes)} rows instead of whole images of {self.patches}; "
+                f"a step holds image pieces of {sorted(sizes)} rows, not whole images of {self.patches}; "
                 "the scheduler must not split images"
             )
         owner = self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in multimodal_embeddings]))

@@ -173,7 +173,13 @@ def walk_pages(
 
     """
     block_size = facts.shape[1]
-    keys: dict[str, list] = {"row_ptr": [0], "row_page": [], "row_image": [], "member_ptr": [0], "member_pos": []}
+    keys: dict[str, list] = {
+        "row_ptr": [0],
+        "row_page": [],
+        "row_image": [],
+        "member_ptr": [0],
+        "member_pos": [],
+    }
 
     def add(slot: int, table: list[int], is_image: bool, members: list[int]) -> None:
         keys["row_page"].append(table[slot // block_size] * rows_per_block + slot % block_size)
@@ -205,5 +211,3 @@ def walk_pages(
         for name, values in keys.items()
     }
     return VirtualKeys(**tensors)
-
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .settings import ARCHITECTURE, HybridSettings
+from .checkpoint import ARCHITECTURE
+from .settings import HybridSettings
 
 
 def register() -> None:

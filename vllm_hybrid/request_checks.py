@@ -43,4 +43,4 @@ def install() -> None:
         check_request(params)
 
     validate_request.checks_hybrid = True  # type: ignore[attr-defined]
-    current_platform.validate_request = validate_request  # type: ignore[method-assign]
+    current_platform.validate_request = validate_request

@@ -23,16 +23,14 @@ from .config import live_to_kept
 from .settings import hybrid_config, num_patches
 from .tiers import LowerTierSpec, Tier, TierManager
 
+# A mixin over whichever scheduler it is combined with; for the type checker it is one of them.
+_Scheduler: Any = Scheduler if TYPE_CHECKING else object
+
 LIVE_COUNTS = "hybrid_live_counts"
 _REMEMBERED_IMAGES = 1 << 20
 
-if TYPE_CHECKING:
-    _Base = Scheduler
-else:
-    _Base = object
 
-
-class HoleReclaim(_Base):
+class HoleReclaim(_Scheduler):
     """Mixed into vLLM's schedulers, before them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

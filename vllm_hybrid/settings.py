@@ -7,8 +7,6 @@ switched on.
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PretrainedConfig
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -16,18 +14,13 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from . import request_checks
+from .checkpoint import check_shape, merging_layers
 from .config import HybridConfig
 
-logger = init_logger(__name__)
+# vLLM shows what its own loggers and those below them say.
+logger = init_logger(f"vllm.{__name__}")
 
-ARCHITECTURE = "LlavaHybridForConditionalGeneration"
 DEFAULT_BLOCK_SIZE = 16
-
-
-def executed_vision_layers(hf_config: PretrainedConfig) -> int:
-    """CLIP layers that run: those up to ``vision_feature_layer`` (-2 leaves the last one out)."""
-    layer, layers = hf_config.vision_feature_layer, hf_config.vision_config.num_hidden_layers
-    return layer if layer >= 0 else layers + layer + 1
 
 
 def num_patches(hf_config: PretrainedConfig) -> int:
@@ -45,7 +38,7 @@ def hybrid_config(hf_config: PretrainedConfig) -> HybridConfig:
     """
     return HybridConfig.parse(
         getattr(hf_config, "hybrid", None),
-        vision_layers=executed_vision_layers(hf_config),
+        vision_layers=merging_layers(hf_config),
         decoder_layers=hf_config.text_config.num_hidden_layers,
     )
 
@@ -62,7 +55,7 @@ class HybridSettings(VerifyAndUpdateConfig):
 
         """
         hf_config = vllm_config.model_config.hf_config
-        check_checkpoint(hf_config)
+        check_shape(hf_config)
         hybrid = hybrid_config(hf_config)
         if not hybrid.active:
             logger.info("vllm-hybrid: no merging, no pruning: vLLM's own LLaVA serves.")
@@ -81,33 +74,10 @@ def describe(hybrid: HybridConfig) -> str:
         level = f" (level {hybrid.level})" if hybrid.level else ""
         parts.append(f"merging in the vision tower{level}, virtual unmerging")
     if hybrid.prunes:
-        parts.append(f"FastV pruning after layer {hybrid.fastv_layer} of {hybrid.fastv_ratio:g} of an image's tokens")
-    return ", ".join(parts) + "."
-
-
-def check_checkpoint(hf_config: PretrainedConfig) -> None:
-    """Refuse checkpoints that are not LLaVA-1.5 in shape.
-
-    Raises:
-        ValueError: the first property that does not fit.
-
-    """
-    vision, text = hf_config.vision_config, hf_config.text_config
-    rope = getattr(text, "rope_parameters", None) or {}
-    wanted: dict[str, tuple[Any, Any]] = {
-        "vision_config.model_type": (vision.model_type, "clip_vision_model"),
-        "text_config.model_type": (text.model_type, "llama"),
-        "vision_feature_select_strategy": (hf_config.vision_feature_select_strategy, "default"),
-        "text_config.rope_parameters.rope_type": (rope.get("rope_type", "default"), "default"),
-    }
-    for key, (value, expected) in wanted.items():
-        if value != expected:
-            raise ValueError(f"{key} is {value!r}, but {ARCHITECTURE} serves only {expected!r}; use another checkpoint")
-    if not isinstance(hf_config.vision_feature_layer, int):
-        raise ValueError(
-            f"vision_feature_layer is {hf_config.vision_feature_layer!r}, but {ARCHITECTURE} reads one layer; "
-            "give a single number such as -2"
+        parts.append(
+            f"FastV pruning after layer {hybrid.fastv_layer} of {hybrid.fastv_ratio:g} of an image's tokens"
         )
+    return ", ".join(parts) + "."
 
 
 def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[str]:
@@ -131,11 +101,13 @@ def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[s
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
         "micro-batching (--enable-dbo)": bool(parallel.enable_dbo),
-        f"a quantised KV cache (--kv-cache-dtype {dtype})": dtype not in ("auto", "float16", "bfloat16", "float32"),
+        f"a quantised KV cache (--kv-cache-dtype {dtype})": dtype
+        not in ("auto", "float16", "bfloat16", "float32"),
         f"the {vllm_config.model_config.runner_type} runner (--runner)": (
             vllm_config.model_config.runner_type != "generate"
         ),
-        f"a scheduler of your own (--scheduler-cls {scheduler.scheduler_cls})": scheduler.scheduler_cls is not None,
+        f"a scheduler of your own (--scheduler-cls {scheduler.scheduler_cls})": scheduler.scheduler_cls
+        is not None,
         f"a worker of your own (--worker-cls {parallel.worker_cls})": parallel.worker_cls != "auto",
         f"the {current_platform.device_name} platform": not current_platform.is_cpu(),
         f"splitting prompts (--long-prefill-token-threshold {scheduler.long_prefill_token_threshold})": (

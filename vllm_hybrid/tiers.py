@@ -83,7 +83,9 @@ class TierManager(FullAttentionManager):
 
         """
         free_before = self.block_pool.get_num_free_blocks()
-        self._remove_blocks_in_range(request_id, -(-first_slot // self.block_size), end_slot // self.block_size)
+        self._remove_blocks_in_range(
+            request_id, -(-first_slot // self.block_size), end_slot // self.block_size
+        )
         return self.block_pool.get_num_free_blocks() - free_before
 
 

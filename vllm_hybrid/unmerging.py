@@ -122,7 +122,9 @@ def write_pages(key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slo
     pages.index_copy_(0, slots, torch.cat([key, value], dim=-1).to(pages.dtype))
 
 
-def _virtual_queries(query: torch.Tensor, batch: TierBatch, request: int, angles: torch.Tensor):
+def _virtual_queries(
+    query: torch.Tensor, batch: TierBatch, request: int, angles: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows, positions and rotated copies of one request's queries, one per virtual position."""
     stretch = slice(batch.query_start[request], batch.query_start[request + 1])
     row = batch.plan.row_of[stretch]
@@ -134,11 +136,15 @@ def _virtual_queries(query: torch.Tensor, batch: TierBatch, request: int, angles
     return row, position, torch.where(is_image[:, None, None], turned, copies)
 
 
-def _virtual_keys(pages: torch.Tensor, keys: VirtualKeys, request: int, angles: torch.Tensor):
+def _virtual_keys(
+    pages: torch.Tensor, keys: VirtualKeys, request: int, angles: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Row numbers, positions, keys and values of one request, one per virtual position."""
     rows = torch.arange(int(keys.row_ptr[request]), int(keys.row_ptr[request + 1]))
     row = rows.repeat_interleave((keys.member_ptr[1:] - keys.member_ptr[:-1])[rows])
-    members = slice(int(keys.member_ptr[keys.row_ptr[request]]), int(keys.member_ptr[keys.row_ptr[request + 1]]))
+    members = slice(
+        int(keys.member_ptr[keys.row_ptr[request]]), int(keys.member_ptr[keys.row_ptr[request + 1]])
+    )
     position = keys.member_pos[members]
     key, value = pages[keys.row_page[row]].float().chunk(2, dim=-1)
     turned = rotate(key, angles[position])

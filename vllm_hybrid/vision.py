@@ -51,7 +51,9 @@ def encode_merged(
     tokens = PackedTokens.start(hidden)
     layers = model.encoder.layers
     for layer, threshold in zip(layers, thresholds or [None] * len(layers), strict=True):
-        attended, metric = _attend(layer.self_attn, layer.layer_norm1(tokens.hidden), tokens, threshold is not None)
+        attended, metric = _attend(
+            layer.self_attn, layer.layer_norm1(tokens.hidden), tokens, threshold is not None
+        )
         tokens.hidden = tokens.hidden + attended
         if threshold is not None:
             tokens = merge(tokens, metric, threshold)

@@ -1,0 +1,114 @@
+"""The benchmark's checkpoint: LLaVA-1.5's proportions at a size a CPU serves in seconds, random weights."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from vllm_hybrid.calibrating import calibrate, live_counts
+from vllm_hybrid.demo_model import _write_processor
+from vllm_hybrid.demo_tokenizer import IMAGE_ID, write_tokenizer
+
+LIVE_TOKENS = 90
+FASTV_LAYER = 2
+FASTV_RATIO = 0.5
+_TOWER_PARTS = ("embeddings", "encoder", "pre_layrnorm", "post_layernorm")
+
+
+def config() -> LlavaConfig:
+    """CLIP 6 x 512 and Llama 16 x 1024, head size 64, 576 patches."""
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            image_size=336,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=16,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            head_dim=64,
+            vocab_size=32064,
+            max_position_embeddings=4096,
+        ),
+        image_token_index=IMAGE_ID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=576,
+    )
+
+
+def picture(seed: int) -> Image.Image:
+    """A picture of 1 to 23 shapes on a plain ground; no two seeds give the same one."""
+    draw = random.Random(seed)
+
+    def colour() -> tuple[int, int, int]:
+        return draw.randrange(256), draw.randrange(256), draw.randrange(256)
+
+    image = Image.new("RGB", (336, 336), colour())
+    canvas = ImageDraw.Draw(image)
+    for index in range(draw.randrange(1, 24)):
+        x, y = draw.randrange(336), draw.randrange(336)
+        box = (x, y, x + draw.randrange(20, 150), y + draw.randrange(20, 150))
+        (canvas.ellipse if index % 2 else canvas.rectangle)(box, fill=colour())
+    return image
+
+
+def write(folder: Path) -> Path:
+    """Write the checkpoint and its thresholds unless they are there; about a minute.
+
+    Returns:
+        The folder, servable as stock LLaVA and as hybrid: the section ``hybrid`` stands in
+        ``hybrid.json`` beside the checkpoint's configuration.
+
+    """
+    if (folder / "hybrid.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config()).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({_hub_name(k): w for k, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    write_tokenizer(folder)
+    _write_processor(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    files = []
+    for seed in range(32):
+        files.append(pictures / f"{seed}.png")
+        picture(-1 - seed).save(files[-1])
+    tower = model.model.vision_tower.float()
+    thresholds = calibrate(tower, processor, files, LIVE_TOKENS)
+    counts = live_counts(tower, processor, files, thresholds)
+    section = {"thresholds": thresholds, "fastv_layer": FASTV_LAYER, "fastv_ratio": FASTV_RATIO}
+    (folder / "hybrid.json").write_text(json.dumps(section))
+    print(
+        f"thresholds: {sum(counts) / len(counts):.1f} live tokens on average, {min(counts)} to {max(counts)}"
+    )
+    return folder
+
+
+def _hub_name(name: str) -> str:
+    """Weight names as stock vLLM reads them: transformers 5 leaves out ``vision_model.``."""
+    for part in _TOWER_PARTS:
+        name = name.replace(f"vision_tower.{part}", f"vision_tower.vision_model.{part}")
+    return name

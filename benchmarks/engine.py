@@ -1,0 +1,163 @@
+"""One engine, measured: started by run.py in a process of its own, prints one line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+REQUESTS = 16
+TEXT_TOKENS = 60
+LOADS = {"prefill": (1, True), "mixed": (32, True), "decode": (256, True), "text": (64, False)}
+BLOCK_SIZE = 16
+
+
+def picture_seeds(load: str, repeats: int) -> list[int]:
+    """Seeds of the pictures that the measured repeats of a load send."""
+    first = 1 + 100 * list(LOADS).index(load)
+    return [(first + repeat) * 1000 + index for repeat in range(1, repeats + 1) for index in range(REQUESTS)]
+
+
+def requests(seed: int, with_image: bool, image_token: int) -> list[dict[str, Any]]:
+    """REQUESTS prompts of TEXT_TOKENS random tokens, each with a picture of its own if asked for."""
+    from benchmarks.checkpoint import picture
+
+    draw = random.Random(seed)
+    made: list[dict[str, Any]] = []
+    for index in range(REQUESTS):
+        text = [draw.randrange(300, 1000) for _ in range(TEXT_TOKENS)]
+        if with_image:
+            image = {"image": picture(seed * 1000 + index)}
+            made.append({"prompt_token_ids": [*text[:5], image_token, *text[5:]], "multi_modal_data": image})
+        else:
+            made.append({"prompt_token_ids": text})
+    return made
+
+
+def measure(llm: Any, load: str, repeats: int, image_token: int) -> dict[str, Any]:
+    """Run a load ``repeats`` times after one warm-up, with fresh pictures each time.
+
+    Returns:
+        Medians over the repeats: requests/s, seconds to first token (median over requests), output
+        tokens/s; and all requests/s.
+
+    """
+    from vllm import SamplingParams
+
+    tokens, with_image = LOADS[load]
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    rates, firsts = [], []
+    for repeat in range(repeats + 1):
+        prompts = requests(1 + repeat + 100 * list(LOADS).index(load), with_image, image_token)
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        took = time.perf_counter() - began
+        assert all(len(o.outputs[0].token_ids) == tokens for o in outputs)
+        if repeat:
+            rates.append(REQUESTS / took)
+            firsts.append(statistics.median(o.metrics.first_token_latency for o in outputs))
+    return {
+        "requests_per_s": statistics.median(rates),
+        "time_to_first_token_s": statistics.median(firsts),
+        "tokens_per_s": statistics.median(rates) * tokens,
+        "all_requests_per_s": rates,
+    }
+
+
+def peak_blocks(llm: Any, image_token: int) -> dict[str, float]:
+    """Share of the KV pool in use while REQUESTS picture prompts decode, by vLLM's own gauge."""
+    from vllm import SamplingParams
+
+    prompts = requests(77, True, image_token)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    for number, prompt in enumerate(prompts):
+        llm.llm_engine.add_request(str(number), prompt, params)
+    while len(_steps_done(llm)) < REQUESTS:
+        pass
+    used = next(m.value for m in llm.get_metrics() if m.name == "vllm:kv_cache_usage_perc")
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    return {"pool_share": used, "blocks_per_request": used * (blocks - 1) / REQUESTS}
+
+
+def _steps_done(llm: Any, seen: set[str] = set()) -> set[str]:  # noqa: B006  (one engine per process)
+    seen.update(o.request_id for o in llm.llm_engine.step() if len(o.outputs[0].token_ids) >= 2)
+    return seen
+
+
+def tree_memory() -> int:
+    """Peak resident bytes of this process and its children, summed."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(_peak(process.pid) for process in family)
+
+
+def _peak(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--kind", choices=("stock", "hybrid", "off", "merging", "pruning"), required=True)
+    parser.add_argument("--loads", default=",".join(LOADS))
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    from vllm import LLM
+
+    config = json.loads((args.checkpoint / "config.json").read_text())
+    llm = LLM(
+        str(args.checkpoint),
+        hf_overrides=overrides(args.kind, json.loads((args.checkpoint / "hybrid.json").read_text())),
+        dtype="bfloat16",
+        max_model_len=2048,
+        max_num_batched_tokens=16384,
+        max_num_seqs=64,
+        kv_cache_memory_bytes=3 << 30,
+        enable_prefix_caching=False,
+        limit_mm_per_prompt={"image": 1},
+        disable_log_stats=False,
+        # Stock's kernel wants blocks of 32; the hybrid one serves at its own default.
+        **({} if args.kind in ("stock", "off") else {"block_size": BLOCK_SIZE}),
+    )
+    image_token = config["image_token_index"]
+    result: dict[str, Any] = {
+        "kind": args.kind,
+        "loads": {load: measure(llm, load, args.repeats, image_token) for load in args.loads.split(",")},
+        "blocks": peak_blocks(llm, image_token),
+        "peak_bytes": tree_memory(),
+    }
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def overrides(kind: str, section: dict[str, Any]) -> dict[str, Any]:
+    """``--hf-overrides`` of each kind of server."""
+    if kind == "stock":
+        return {"architectures": ["LlavaForConditionalGeneration"]}
+    picked = {
+        "hybrid": section,
+        "off": None,
+        "merging": {"thresholds": section["thresholds"]},
+        "pruning": {k: v for k, v in section.items() if k != "thresholds"},
+    }[kind]
+    return {"architectures": ["LlavaHybridForConditionalGeneration"], "hybrid": picked}
+
+
+if __name__ == "__main__":
+    main()

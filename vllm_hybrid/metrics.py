@@ -1,0 +1,61 @@
+"""Prometheus counters of what was reduced, on vLLM's own /metrics.
+
+The scheduler's running totals arrive with vLLM's statistics (see ``HoleReclaim.make_stats``); this stat
+logger, loaded by entry point, turns them into counters labelled like vLLM's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from prometheus_client import Counter
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import SchedulerStats
+
+PREFIX = "vllm_hybrid:"
+_LABELS = ("model_name", "engine")
+_MEANINGS = {
+    "images": "Images prefilled.",
+    "patches": "Patches of those images: the tokens the full model would have computed.",
+    "live_tokens": "Image tokens left after merging.",
+    "kept_tokens": "Image tokens left after pruning.",
+    "blocks_given_back": "KV blocks freed inside holes while their requests went on.",
+}
+
+
+@functools.cache
+def counters() -> dict[str, Counter]:
+    """The process's counters by name, registered once."""
+    return {name: Counter(PREFIX + name, meaning, _LABELS) for name, meaning in _MEANINGS.items()}
+
+
+class HybridStatLogger(StatLoggerBase):
+    """Counts what one engine reduced; silent for engines that reduce nothing."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        self.labels = (vllm_config.model_config.served_model_name, str(engine_index))
+        self.seen: dict[str, int] = {}
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Add what has happened since the last record to the counters."""
+        if scheduler_stats is None:
+            return
+        for key, total in scheduler_stats.running_lora_adapters.items():
+            name = key.removeprefix(PREFIX)
+            if name not in _MEANINGS or name == key:
+                continue
+            before = self.seen.get(name, 0)
+            # A total below the last one comes from an engine that started over.
+            counters()[name].labels(*self.labels).inc(total - before if total >= before else total)
+            self.seen[name] = total
+
+    def log_engine_initialized(self) -> None:
+        """Show the counters at zero once an engine that may move them is up."""
