@@ -142,7 +142,7 @@ class Served:
         return all(choice.margin > CHOICE_MARGIN for choice in choices)
 
     def check(self, asks: Sequence[Ask], outputs: Sequence[Any], tolerance: float = TOLERANCE) -> float:
-        """Assert that prompts, tokens and log probabilities are the reference's; return the worst difference."""
+        """Assert that prompts, tokens and log probabilities are right; return the worst difference."""
         worst = 0.0
         for ask, output in zip(asks, outputs, strict=True):
             ids = self.reference.prompt_ids(ask.text)
