@@ -1,0 +1,182 @@
+"""vLLM's own client, `vllm bench serve --dataset-name random-mm`, against both servers at several concurrencies.
+
+The client's pictures are noise, so the thresholds are calibrated on noise here: what is compared is the
+same ~90 live tokens as in run.py, over HTTP, with requests that come and go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.engine import overrides  # noqa: E402
+
+HERE = Path(__file__).parent
+VLLM = str(Path(sys.executable).with_name("vllm"))
+NOISE_PICTURES = 16
+
+
+def noise_section(checkpoint: Path) -> dict[str, Any]:
+    """The hybrid section with thresholds for noise pictures; made once."""
+    file = checkpoint / "hybrid-noise.json"
+    if not file.exists():
+        import numpy as np
+        from PIL import Image
+
+        from benchmarks.checkpoint import FASTV_LAYER, FASTV_RATIO, LIVE_TOKENS
+        from vllm_hybrid.calibrating import calibrate
+        from vllm_hybrid.checkpoint import load_tower
+
+        draw = np.random.default_rng(0)
+        pictures = []
+        for index in range(NOISE_PICTURES):
+            pictures.append(checkpoint / "pictures" / f"noise-{index}.png")
+            Image.fromarray(draw.integers(0, 256, (336, 336, 3), dtype=np.uint8)).save(pictures[-1])
+        thresholds = calibrate(*load_tower(checkpoint), pictures, LIVE_TOKENS)
+        file.write_text(
+            json.dumps({"thresholds": thresholds, "fastv_layer": FASTV_LAYER, "fastv_ratio": FASTV_RATIO})
+        )
+    return json.loads(file.read_text())
+
+
+@contextmanager
+def server(checkpoint: Path, kind: str, section: dict[str, Any], log: Path) -> Iterator[str]:
+    """A running `vllm serve`; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [VLLM, "serve", str(checkpoint), "--served-model-name", "bench", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "2048"]
+    command += ["--max-num-batched-tokens", "16384", "--max-num-seqs", "64", "--no-enable-prefix-caching"]
+    command += [
+        "--kv-cache-memory-bytes",
+        str(3 << 30),
+        "--hf-overrides",
+        json.dumps(overrides(kind, section)),
+    ]
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **os.environ}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            _wait(address, process, log)
+            yield address
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+
+
+def _wait(address: str, process: subprocess.Popen[bytes], log: Path, seconds: int = 300) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with code {process.returncode}; see {log}")
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=2)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    raise RuntimeError(f"the server was not up after {seconds} s; see {log}")
+
+
+def measure(
+    address: str, checkpoint: Path, concurrency: int, tokens: int, requests: int, out: Path
+) -> dict[str, float]:
+    """One run of vLLM's client.
+
+    Returns:
+        requests/s, and the median seconds to first token.
+
+    """
+    command = [VLLM, "bench", "serve", "--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
+    command += ["--base-url", address, "--model", "bench", "--tokenizer", str(checkpoint)]
+    command += ["--dataset-name", "random-mm", "--random-input-len", "60", "--random-output-len", str(tokens)]
+    command += ["--random-mm-base-items-per-request", "1", "--random-mm-limit-mm-per-prompt", '{"image": 1}']
+    command += ["--random-mm-bucket-config", "{(336, 336, 1): 1.0}", "--num-prompts", str(requests)]
+    command += [
+        "--max-concurrency",
+        str(concurrency),
+        "--seed",
+        str(concurrency * 100 + tokens),
+        "--ignore-eos",
+    ]
+    command += ["--save-result", "--result-dir", str(out.parent), "--result-filename", out.name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"vllm bench serve failed: {done.stderr.strip().splitlines()[-1:]}")
+    result = json.loads(out.read_text())
+    out.unlink()
+    if result["completed"] != requests:
+        raise RuntimeError(f"{requests - result['completed']} of {requests} requests failed")
+    return {"requests_per_s": result["request_throughput"], "first_token_s": result["median_ttft_ms"] / 1e3}
+
+
+def reduced(address: str) -> dict[str, float]:
+    """The server's own counters, by name."""
+    text = urllib.request.urlopen(f"{address}/metrics").read().decode()
+    lines = [line for line in text.splitlines() if line.startswith("vllm_hybrid:") and "_total" in line]
+    return {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--concurrencies", default="1,8,32")
+    parser.add_argument("--tokens", default="1,32", help="new tokens per request")
+    args = parser.parse_args()
+    from benchmarks.checkpoint import write
+
+    write(args.checkpoint)
+    section = noise_section(args.checkpoint)
+    args.out.mkdir(parents=True, exist_ok=True)
+    levels = [int(c) for c in args.concurrencies.split(",")]
+    lengths = [int(t) for t in args.tokens.split(",")]
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    counters: dict[str, float] = {}
+    for kind in ("stock", "hybrid"):
+        with server(args.checkpoint, kind, section, args.out / f"serve-{kind}.log") as address:
+            measure(address, args.checkpoint, 8, 2, 8, args.out / "client.json")
+            results[kind] = {
+                f"{tokens} new, {level} at once": measure(
+                    address, args.checkpoint, level, tokens, max(8, 2 * level), args.out / "client.json"
+                )
+                for tokens in lengths
+                for level in levels
+            }
+            counters = reduced(address)
+    lines = ["| load | requests/s | stock | ratio | first token, s | stock |", "|---|---|---|---|---|---|"]
+    for load, got in results["hybrid"].items():
+        base = results["stock"][load]
+        lines.append(
+            f"| {load} | {got['requests_per_s']:.2f} | {base['requests_per_s']:.2f} | "
+            f"{got['requests_per_s'] / base['requests_per_s']:.2f} | {got['first_token_s']:.2f} | "
+            f"{base['first_token_s']:.2f} |"
+        )
+    images = counters["vllm_hybrid:images_total"]
+    lines += [
+        "",
+        f"{images:.0f} pictures, {counters['vllm_hybrid:live_tokens_total'] / images:.1f} live and "
+        f"{counters['vllm_hybrid:kept_tokens_total'] / images:.1f} kept tokens of 576 on average (/metrics).",
+    ]
+    (args.out / "serve.md").write_text("\n".join(lines) + "\n")
+    (args.out / "serve.json").write_text(json.dumps({"results": results, "counters": counters}, indent=1))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
