@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines import Ask, Served, hybrid_section, images, serve
+from tests.engines import STOCK, Ask, Served, checkpoint, hybrid_section, images, serve
 from tests.reference import keep_count
 from tests.tiny_checkpoints import PATCHES, prompt
 
@@ -77,6 +77,27 @@ def test_a_request_holds_exactly_the_blocks_it_needs(mode: str, count: int) -> N
         math.ceil(length / m.block_size) for m in served.scheduler.tier_managers.values()
     )
     assert at_rest(served)
+
+
+def test_freed_blocks_serve_others_while_their_first_owner_decodes() -> None:
+    """In a pool of the same bytes ours runs at least twice as many requests together as stock."""
+    options = {"max_model_len": 1024, "kv_cache_memory_bytes": 16 << 20, "enable_prefix_caching": False}
+    asks = [Ask(prompt("What is here?"), (image,)) for image in images(8)]
+    most = {}
+    for name, served in {
+        "stock": serve({}, checkpoint(architecture=STOCK), block_size=32, **options),
+        "ours": serve(hybrid_section("both"), **options),
+    }.items():
+        preempted: list[int] = []
+
+        def look(served: Served = served, preempted: list[int] = preempted) -> int:
+            preempted.append(sum(r.num_preemptions for r in served.scheduler.requests.values()))
+            return len(served.scheduler.running)
+
+        most[name] = max(steps(served, asks, 24, look))
+        assert max(preempted) == 0 or name == "stock"
+        assert at_rest(served)
+    assert most["ours"] >= 2 * most["stock"]
 
 
 def test_nothing_leaks_over_rounds_and_aborts() -> None:
