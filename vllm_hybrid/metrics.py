@@ -14,6 +14,9 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
+from .checkpoint import ARCHITECTURE
+from .settings import hybrid_config
+
 PREFIX = "vllm_hybrid:"
 _LABELS = ("model_name", "engine")
 _MEANINGS = {
@@ -36,6 +39,9 @@ class HybridStatLogger(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self.labels = (vllm_config.model_config.served_model_name, str(engine_index))
+        hf_config = vllm_config.model_config.hf_config
+        ours = ARCHITECTURE in (getattr(hf_config, "architectures", None) or [])
+        self.reduces = ours and hybrid_config(hf_config).active
         self.seen: dict[str, int] = {}
 
     def record(
@@ -59,3 +65,6 @@ class HybridStatLogger(StatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         """Show the counters at zero once an engine that may move them is up."""
+        if self.reduces:
+            for counter in counters().values():
+                counter.labels(*self.labels)
