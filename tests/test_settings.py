@@ -26,7 +26,10 @@ def configure(hybrid: Any, architecture: str | None = None, **options: Any) -> V
 @pytest.mark.parametrize(
     ("hybrid", "sentence"),
     [
-        ({"thresholds": [0.9, 0.9]}, "hybrid.thresholds has 2 entries, but the vision tower executes 3 layers"),
+        (
+            {"thresholds": [0.9, 0.9]},
+            "hybrid.thresholds has 2 entries, but the vision tower executes 3 layers",
+        ),
         ({"fastv_layer": 8, "fastv_ratio": 0.5}, "hybrid.fastv_layer is 8, but the decoder has 8 layers"),
         ({"fastv_layer": 0, "fastv_ratio": 0.5}, "hybrid.fastv_layer is 0, but the decoder has 8 layers"),
         ({"fastv_ratio": 1}, "hybrid.fastv_ratio is 1; give a number from 0"),
@@ -61,7 +64,9 @@ def test_a_wrong_section_is_refused(hybrid: Any, sentence: str) -> None:
 )
 @pytest.mark.parametrize("hybrid", [MERGES, PRUNES], ids=["merging", "pruning"])
 def test_an_unsupported_option_is_refused(hybrid: Any, options: dict[str, Any], feature: str) -> None:
-    with pytest.raises(ValueError, match=f"{feature}.* is not supported with reduced image tokens; turn it off"):
+    with pytest.raises(
+        ValueError, match=f"{feature}.* is not supported with reduced image tokens; turn it off"
+    ):
         configure(hybrid, **options)
 
 
