@@ -1,0 +1,211 @@
+"""A real `vllm serve`, asked with the `openai` client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from openai import BadRequestError, OpenAI
+from PIL import Image
+
+from tests.engines import ServingReference, checkpoint, hybrid_section, images
+from tests.server import Server
+from tests.tiny_checkpoints import PATCHES
+from vllm_hybrid.config import live_to_kept
+
+QUESTION = "What is in the image?"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(checkpoint(), tmp_path_factory.mktemp("server") / "log", hybrid_section("both"))
+    try:
+        yield running.ready()
+    finally:
+        running.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as opened:
+        yield opened
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def ask(client: OpenAI, *urls: str, text: str = QUESTION, **options: Any) -> Any:
+    """One chat completion about these images, greedy unless told otherwise."""
+    parts: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    parts.append({"type": "text", "text": text})
+    usual: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 8}
+    return client.chat.completions.create(messages=[{"role": "user", "content": parts}], **(usual | options))
+
+
+def said(answer: Any) -> str:
+    return answer.choices[0].message.content
+
+
+def url(index: int = 0) -> str:
+    return data_url(png(images(8)[index]))
+
+
+def test_an_image_costs_the_prompt_576_tokens(client: OpenAI) -> None:
+    none, one, two = (ask(client, *[url(i) for i in range(n)]).usage.prompt_tokens for n in range(3))
+    # An image brings its patches and the line break after it.
+    assert one - none >= PATCHES
+    assert two - one >= PATCHES
+    assert two - none < 2 * (PATCHES + 4)
+
+
+def test_different_images_get_different_answers(client: OpenAI) -> None:
+    answers = {said(ask(client, url(i), max_tokens=16)) for i in range(4)}
+    assert len(answers) > 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stream_says_the_same(client: OpenAI, count: int) -> None:
+    urls = [url(i) for i in range(count)]
+    whole = said(ask(client, *urls))
+    pieces = [c.choices[0].delta.content or "" for c in ask(client, *urls, stream=True) if c.choices]
+    assert "".join(pieces) == whole != ""
+
+
+def test_a_seed_repeats_a_sample_and_n_makes_several(client: OpenAI) -> None:
+    options = {"n": 2, "seed": 5, "temperature": 1.0, "max_tokens": 12}
+    first, again = (ask(client, url(), **options) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert len(texts) == 2
+    assert texts == [choice.message.content for choice in again.choices]
+
+
+def test_a_stop_string_ends_the_answer(client: OpenAI) -> None:
+    whole = said(ask(client, url(), max_tokens=12))
+    stop = whole[len(whole) // 2 :][:3]
+    stopped = ask(client, url(), max_tokens=12, stop=[stop])
+    assert said(stopped) == whole[: whole.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_log_probabilities_come_with_the_tokens(client: OpenAI) -> None:
+    answer = ask(client, url(), logprobs=True, top_logprobs=3)
+    entries = answer.choices[0].logprobs.content
+    assert len(entries) == answer.usage.completion_tokens
+    for entry in entries:
+        assert len(entry.top_logprobs) == 3
+        assert entry.logprob == max(top.logprob for top in entry.top_logprobs) <= 0
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "data:image/png;base64,!!!!",
+        data_url(png(Image.effect_noise((64, 64), 50))[:200]),
+        data_url(b"no picture at all"),
+    ],
+    ids=["broken base64", "truncated PNG", "text file"],
+)
+def test_a_bad_image_is_refused_and_others_go_on(client: OpenAI, broken: str) -> None:
+    wanted = said(ask(client, url()))
+    with ThreadPoolExecutor() as pool:
+        good = pool.submit(ask, client, url())
+        with pytest.raises(BadRequestError) as refused:
+            ask(client, broken)
+        assert said(good.result()) == wanted
+    assert refused.value.body["message"]
+
+
+def test_a_prompt_that_is_too_long_is_refused(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError, match="2048"):
+        ask(client, *[url(i) for i in range(3)], text="word " * 400)
+
+
+def test_prompt_log_probabilities_are_refused_in_one_sentence(client: OpenAI) -> None:
+    sentence = "prompt_logprobs=1 is not supported with reduced image tokens"
+    with pytest.raises(BadRequestError, match=sentence):
+        ask(client, url(), extra_body={"prompt_logprobs": 1})
+    with pytest.raises(BadRequestError, match=sentence):
+        client.completions.create(model="tiny", prompt="Hello", echo=True, logprobs=1, max_tokens=1)
+    assert said(ask(client, url()))
+
+
+def test_many_clients_get_the_answers_they_would_get_alone(client: OpenAI) -> None:
+    asked = [(url(i % 8), f"Question {i % 16}?") for i in range(32)]
+    alone = {pair: said(ask(client, pair[0], text=pair[1])) for pair in asked[:16]}
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(lambda pair: said(ask(client, pair[0], text=pair[1])), asked))
+    assert together == [alone[pair] for pair in asked]
+
+
+def wait_until_idle(server: Server) -> None:
+    """Wait for a request-free server with an empty KV cache; fail when it does not get there."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        seen = server.metrics()
+        if seen["vllm:num_requests_running"] == 0 == seen["vllm:kv_cache_usage_perc"]:
+            return
+        time.sleep(0.2)
+    raise AssertionError("requests or KV blocks are left over")
+
+
+def test_a_client_that_leaves_leaves_nothing_behind(server: Server, client: OpenAI) -> None:
+    stream = ask(client, url(), stream=True, max_tokens=1200, extra_body={"ignore_eos": True})
+    next(stream)
+    end = time.monotonic() + 20
+    while server.metrics()["vllm:num_requests_running"] == 0:
+        assert time.monotonic() < end, "the request was never seen running"
+    stream.close()
+    wait_until_idle(server)
+
+
+def test_the_counters_say_what_was_reduced(server: Server, client: OpenAI) -> None:
+    """One request decodes on; the other ends in the very step that filled its images."""
+    pictures = images(8)[5:8]
+    section = hybrid_section("both")
+    reference = ServingReference(checkpoint(), section)
+    live = [reference.live(image) for image in pictures]
+    before = server.metrics()
+    urls = [data_url(png(image)) for image in pictures]
+    ask(client, urls[0], text="How many?", max_tokens=6, extra_body={"ignore_eos": True})
+    ask(client, *urls[1:], text="Which?", max_tokens=1)
+    wait_until_idle(server)
+    after = server.metrics()
+    wanted = {
+        "images": 3,
+        "patches": 3 * PATCHES,
+        "live_tokens": sum(live),
+        "kept_tokens": sum(live_to_kept(n, section["fastv_ratio"]) for n in live),
+    }
+    names = {name: f"vllm_hybrid:{name}_total" for name in [*wanted, "blocks_given_back"]}
+    moved = {name: after[sample] - before[sample] for name, sample in names.items()}
+    assert moved.pop("blocks_given_back") > 0
+    assert moved == wanted
+
+
+def test_a_wrong_section_stops_the_server_at_start(tmp_path: Any) -> None:
+    failing = Server(checkpoint(), tmp_path / "log", {"fastv_ratio": 2})
+    try:
+        assert failing.process.wait(120) != 0
+    finally:
+        failing.kill()
+    assert "hybrid.fastv_ratio is 2; give a number from 0 up to but not including 1" in failing.output
+
+
+def test_an_interrupt_ends_the_server_cleanly(server: Server) -> None:
+    """Last, because the server is gone after it."""
+    start = time.monotonic()
+    assert server.interrupt() in (0, 130, -2)
+    assert time.monotonic() - start < 15
+    assert "vllm_hybrid/" not in server.output
