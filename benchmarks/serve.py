@@ -1,4 +1,4 @@
-"""vLLM's own client, `vllm bench serve --dataset-name random-mm`, against both servers at several concurrencies.
+"""vLLM's own client, `vllm bench serve --dataset-name random-mm`, against both servers, 1 to 32 at once.
 
 The client's pictures are noise, so the thresholds are calibrated on noise here: what is compared is the
 same ~90 live tokens as in run.py, over HTTP, with requests that come and go.

@@ -1,12 +1,13 @@
-"""Dense causal attention by vLLM's own CPU kernel, which outruns torch's several times in bf16."""
+"""Dense attention by vLLM's own CPU kernel, which outruns torch's several times in bf16."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from vllm import _custom_ops as ops
-from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
 from .cpu_attention import VirtualPrefill
 
@@ -66,6 +67,31 @@ def causal_attention(
     if plan.scratch is None:
         plan.scratch = ScratchPages.lay_out(plan.query_ptr, plan.key_ptr)
     return _attend(query, key, value, plan.scratch, scale, causal=True)
+
+
+def full_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of every token to every token inside each of several sequences.
+
+    Args:
+        query: [tokens, heads, head_size], sequence after sequence; so are key and value.
+        key: see query.
+        value: see query.
+        lengths: int64 [sequences], tokens of each.
+        scale: factor on the scores.
+
+    Returns:
+        The shape of query.
+
+    """
+    stretches = F.pad(lengths.cumsum(0), (1, 0))
+    return _attend(query, key, value, ScratchPages.lay_out(stretches, stretches), scale, causal=False)
+
+
+def serves_head_size(head_size: int) -> bool:
+    """Whether vLLM's kernel has this head size."""
+    return head_size in CPUAttentionBackend.get_supported_head_sizes()
 
 
 def _attend(

@@ -64,8 +64,8 @@ class HoleReclaim(_Scheduler):
         granted = self._whole(request, num_computed_tokens, result[1])
         if granted == result[1]:
             return result
-        # The encoder has no room for all images of the stretch: stop before the first one, and encode
-        # only what the shorter stretch needs.
+        # The encoder has no room for all images of the stretch: encode only what the shorter
+        # stretch needs.
         return super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, granted, encoder_compute_budget, shift_computed_tokens
         )
@@ -80,7 +80,7 @@ class HoleReclaim(_Scheduler):
 
         Returns:
             Positions to compute: no image is cut, and when tokens are pruned a stretch with an image ends
-            exactly at the prompt's end, or else before the first image.
+            exactly at the prompt's end, or waits for a step with room.
 
         """
         end = computed + new
@@ -93,7 +93,8 @@ class HoleReclaim(_Scheduler):
             return new
         if self.hybrid.prunes:
             prompt_end = request.num_prompt_tokens
-            return prompt_end - computed if end >= prompt_end else inside[0].offset - computed
+            # Short of the prompt's end nothing is gained by a first piece: the rest must fit in one step.
+            return prompt_end - computed if end >= prompt_end else 0
         cut = [p.offset for p in inside if p.offset + p.length > end]
         return min([end, *cut]) - computed
 

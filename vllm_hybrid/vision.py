@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.clip import CLIPAttention, CLIPVisionModel
 
+from . import cpu_dense
 from .merging import PackedTokens, log_size_bias, merge, pad, unpad
 
 
@@ -67,20 +68,26 @@ def _attend(
     """Proportional attention inside every image, and the merge metric: keys averaged over all heads."""
     heads, head_dim = attention.num_heads_per_partition, attention.head_dim
     qkv, _ = attention.qkv_proj(hidden)
-    query, key, value = (
-        pad(x, tokens).unflatten(-1, (heads, head_dim)).transpose(1, 2) for x in qkv.chunk(3, dim=-1)
-    )
-    bias = log_size_bias(tokens)
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=None if bias is None else bias.to(query.dtype), scale=attention.scale
-    )
-    out, _ = attention.out_proj(unpad(mixed.transpose(1, 2).flatten(-2), tokens))
+    parts = [x.unflatten(-1, (heads, head_dim)) for x in qkv.chunk(3, dim=-1)]
+    out, _ = attention.out_proj(_mix(parts, tokens, attention.scale).flatten(-2))
     if not wants_metric:
         return out, out
-    metric = qkv.chunk(3, dim=-1)[1].unflatten(-1, (heads, head_dim)).float().sum(dim=-2)
+    metric = parts[1].float().sum(dim=-2)
     if attention.tp_size > 1:
         metric = tensor_model_parallel_all_reduce(metric)
     return out, metric / (heads * attention.tp_size)
+
+
+def _mix(parts: list[torch.Tensor], tokens: PackedTokens, scale: float) -> torch.Tensor:
+    """Attention over packed queries, keys and values [T, heads, head_dim]; sizes weigh the keys."""
+    bias = log_size_bias(tokens)
+    if bias is None and parts[0].is_cpu and cpu_dense.serves_head_size(parts[0].shape[-1]):
+        # Until something has merged no key is weighed, and the CPU's dense kernel will do.
+        query, key, value = parts
+        return cpu_dense.full_attention(query, key, value, tokens.lengths, scale)
+    query, key, value = (pad(x, tokens).transpose(1, 2) for x in parts)
+    mask = None if bias is None else bias.to(query.dtype)
+    return unpad(F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2), tokens)
 
 
 def _without_class_tokens(tokens: PackedTokens, patches: int) -> MergedImages:
