@@ -137,3 +137,12 @@ def test_sampling_options() -> None:
         assert stopped.finish_reason == "stop"
         assert stopped.text == full[: full.index(middle)]
     assert at_rest(served)
+
+
+def test_compiled_as_eager() -> None:
+    eager = serve(hybrid_section("both"))
+    asks = crowd(eager)[::3]
+    compiled = serve(hybrid_section("both"), enforce_eager=False)
+    answers = compiled.generate(asks)
+    assert logprob_gap(answers, eager.generate(asks)) <= 1e-3
+    compiled.check(asks, answers)

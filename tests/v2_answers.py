@@ -1,0 +1,67 @@
+"""Answers of vLLM's V2 model runner, the one that serves on CUDA, on a CPU; run as a program by its test.
+
+Triton's kernels of the runner run in Triton's interpreter. That has to be arranged before vLLM is imported,
+so it needs a process of its own. Reads requests as JSON from standard input, writes answers as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+os.environ |= {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+
+import triton.backends  # noqa: E402
+from PIL import Image  # noqa: E402
+
+
+def pretend_cpu_backend() -> None:
+    """vLLM asks Triton for an active driver; the interpreter needs none, so one that says yes will do."""
+    driver = SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+def answer(work: dict[str, Any]) -> dict[str, Any]:
+    """Greedy answers with log-probabilities, and the name of the runner that gave them."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        work["checkpoint"],
+        hf_overrides={"hybrid": work["hybrid"]},
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=2048,
+        kv_cache_memory_bytes=1 << 26,
+        limit_mm_per_prompt={"image": 3},
+    )
+    prompts: list[Any] = []
+    for request in work["requests"]:
+        images = [Image.open(file) for file in request["images"]]
+        extra = {"multi_modal_data": {"image": images}} if images else {}
+        prompts.append({"prompt": request["prompt"], **extra})
+    params = SamplingParams(temperature=0, max_tokens=work["tokens"], logprobs=3, ignore_eos=True)
+    outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    return {
+        "runner": type(runner).__module__,
+        "answers": [
+            {
+                "tokens": list(output.token_ids),
+                "logprobs": [{token: p.logprob for token, p in step.items()} for step in output.logprobs],
+            }
+            for output in outputs
+        ],
+    }
+
+
+if __name__ == "__main__":
+    pretend_cpu_backend()
+    print("ANSWERS " + json.dumps(answer(json.load(sys.stdin))))
