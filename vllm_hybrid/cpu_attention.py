@@ -10,8 +10,6 @@ read once however many positions it stands at. The loops that torch has no opera
 from __future__ import annotations
 
 import functools
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .compiling import compile_extension
 from .planning import VirtualKeys
 from .unmerging import TierBatch
 
@@ -34,38 +33,7 @@ def extension() -> Any:
         RuntimeError: no C++ compiler was found.
 
     """
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-    from torch.utils import cpp_extension
-
-    compiler = cpp_extension.get_cxx_compiler()
-    if shutil.which(compiler) is None:
-        raise RuntimeError(
-            f"the C++ compiler {compiler!r} was not found, and CPU attention needs it; install g++ or set CXX"
-        )
-    isa = pick_vec_isa()
-    flags = ["-O3", "-fopenmp", "-fno-math-errno", *isa.build_arch_flags().split()]
-    flags += [f"-D{macro}" for macro in isa.build_macro()]
-    # ninja is installed beside the interpreter, which need not be on PATH.
-    with _on_path(str(Path(sys.executable).parent)):
-        return cpp_extension.load(
-            name="vllm_hybrid_cpu_attention", sources=[str(_SOURCE)], extra_cflags=flags, verbose=False
-        )
-
-
-class _on_path:
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        import os
-
-        self.before = os.environ.get("PATH", "")
-        os.environ["PATH"] = f"{self.folder}{os.pathsep}{self.before}"
-
-    def __exit__(self, *_: object) -> None:
-        import os
-
-        os.environ["PATH"] = self.before
+    return compile_extension(_SOURCE, "vllm_hybrid_cpu_attention")
 
 
 def walk_pages(

@@ -1,0 +1,85 @@
+"""C++ beside the package, compiled once per machine at first use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+
+def compile_extension(source: Path, name: str) -> Any:
+    """Compile a C++ file for this machine's CPU and import it; later calls find it built.
+
+    Any number of processes may ask at once, and any of them may be killed while it builds. Builds lie in
+    ``$TORCH_EXTENSIONS_DIR``, else in torch's own cache folder, one folder for each source and set of flags.
+
+    Args:
+        source: the C++ file.
+        name: name of the module.
+
+    Returns:
+        The module.
+
+    Raises:
+        RuntimeError: there is no C++ compiler, or the source does not compile.
+
+    """
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise RuntimeError(
+            f"the C++ compiler {compiler!r} was not found, and CPU attention needs it; install g++ or set CXX"
+        )
+    flags = machine_flags()
+    folder = _build_folder(name, source, [compiler, *flags])
+    folder.mkdir(parents=True, exist_ok=True)
+    # torch guards a build with a file that stays behind when the builder is killed, and then waits for it
+    # for ever. This lock goes with its process, so whoever holds it knows that such a file is a leftover.
+    # ninja is installed beside the interpreter, which need not be on PATH.
+    with FileLock(folder.with_suffix(".lock")), _on_path(str(Path(sys.executable).parent)):
+        (folder / "lock").unlink(missing_ok=True)
+        return cpp_extension.load(
+            name=name,
+            sources=[str(source)],
+            extra_cflags=flags,
+            build_directory=str(folder),
+            verbose=False,
+        )
+
+
+def machine_flags() -> list[str]:
+    """Compiler flags for this machine's CPU, with the vector instructions torch itself picks."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    isa = pick_vec_isa()
+    flags = ["-O3", "-fopenmp", "-fno-math-errno", *isa.build_arch_flags().split()]
+    return flags + [f"-D{macro}" for macro in isa.build_macro()]
+
+
+def _build_folder(name: str, source: Path, flags: list[str]) -> Path:
+    """One folder for each build that differs, so that checkouts do not undo one another's."""
+    from torch.utils import cpp_extension
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    told_apart = [str(source), torch.__version__, sys.version, *flags]
+    digest = hashlib.sha256("\0".join(told_apart).encode() + source.read_bytes()).hexdigest()
+    return Path(root) / f"{name}-{digest[:16]}"
+
+
+@contextmanager
+def _on_path(folder: str) -> Iterator[None]:
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{folder}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
