@@ -83,8 +83,8 @@ class World:
         self.request = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
         starts = [firsts[r] + s for r, own in enumerate(self.image_starts) for s in own]
         owner = [owners(n) for own in self.live for n in own]
-        self.images = StepImages(
-            torch.tensor(starts, dtype=torch.int64),
+        self.images = StepImages.of(
+            starts,
             torch.stack(owner) if owner else torch.empty(0, PATCHES, dtype=torch.int64),
         )
         inverse = THETA ** -(torch.arange(0, self.head_size, 2) / self.head_size)
@@ -118,7 +118,8 @@ class World:
 
     def batch(self, plan: RowPlan, where: Tensor, walk: Any, ranked: list[int]) -> TierBatch:
         keys = walk(self.facts, self.table, torch.tensor(self.lengths), PATCHES, self.step)
-        return TierBatch(plan, self.positions, self.query_start, where, keys, ranked)
+        query_ptr = torch.tensor(self.query_start, dtype=torch.int32)
+        return TierBatch(plan, self.positions, self.query_start, query_ptr, where, keys, ranked)
 
 
 SHAPES = {
@@ -155,6 +156,10 @@ def random_rows(world: World, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 def turned_queries(world: World, plan: RowPlan, query: Tensor) -> Tensor:
     turned = unmerging.rotate(query, world.angles[world.positions[plan.rows]])
     return torch.where((plan.image >= 0)[:, None, None], query, turned)
+
+
+def kept_images(lower: RowPlan, keep: Tensor) -> int:
+    return int((keep & (lower.image >= 0)).sum())
 
 
 def check_attention(world: World, plan: RowPlan, implementation: tuple[Any, Attend, Any]) -> None:
@@ -196,13 +201,15 @@ def test_kept_rows_attend_like_the_definition(
         keep[(lower.image == image).nonzero()[0]] |= not keep[lower.image == image].any()
     # The row that answers for a prompt's end always stays.
     keep[lower.row_of[torch.tensor(world.query_start[1:]) - 1]] = True
-    check_attention(world, planning.plan_kept_rows(lower, world.images, keep), implementation)
+    check_attention(
+        world, planning.plan_kept_rows(lower, world.images, keep, kept_images(lower, keep)), implementation
+    )
 
 
 def test_kept_rows_move_up_in_their_old_order(world: World, seed: int) -> None:
     lower = planning.plan_live_rows(world.query_start[-1], world.images)
     keep = (lower.image < 0) | (torch.rand(lower.rows.shape[0]) < 0.6)
-    upper = planning.plan_kept_rows(lower, world.images, keep)
+    upper = planning.plan_kept_rows(lower, world.images, keep, kept_images(lower, keep))
     assert torch.equal(upper.rows, lower.rows[keep])
     for image, first in enumerate(world.images.first_row.tolist()):
         mine = upper.image == image
@@ -233,7 +240,8 @@ def test_decode_and_chunks_read_what_earlier_steps_stored(
     step = RowPlan(rows, rows, rows, torch.full_like(rows, -1))
     chosen = list(later)
     keys = walk(world.facts, world.table[chosen], torch.tensor(world.lengths)[chosen], PATCHES, world.step)
-    batch = TierBatch(step, world.positions[virtual], starts, rows, keys, [])
+    query_ptr = torch.tensor(starts, dtype=torch.int32)
+    batch = TierBatch(step, world.positions[virtual], starts, query_ptr, rows, keys, [])
     given = unmerging.rotate(query[plan.row_of[virtual]], world.angles[world.positions[virtual]])
     out = torch.full_like(given, torch.nan)
     attend(given, world.rows, batch, world.angles, world.scale, out)

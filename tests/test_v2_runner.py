@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.reference import Reference
 from tests.tiny_checkpoints import decided_images, make_images, pick_thresholds, prompt, write_checkpoint
@@ -17,18 +19,29 @@ from tests.tiny_checkpoints import decided_images, make_images, pick_thresholds,
 TOKENS = 8
 
 
-@pytest.mark.parametrize("attention", ["cpu", "reference"])
-def test_v2_runner_answers_like_the_reference(tmp_path: Path, attention: str) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", seed=3)
+@dataclass
+class Cases:
+    """Requests for a tiny checkpoint, and the reference that knows their answers."""
+
+    reference: Reference
+    pictures: list[Image.Image]
+    prompts: list[tuple[list[int], str]]
+    work: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    folder = tmp_path_factory.mktemp("v2")
+    checkpoint = write_checkpoint(folder / "checkpoint", seed=3)
     thresholds = pick_thresholds(checkpoint, list(make_images().values()), [0.5, 0.5, 0.5])
     hybrid = {"thresholds": thresholds, "fastv_layer": 2, "fastv_ratio": 0.5}
     reference = Reference(checkpoint, hybrid)
     pictures = decided_images(reference, 3)
     files = []
     for number, picture in enumerate(pictures):
-        files.append(str(tmp_path / f"{number}.png"))
+        files.append(str(folder / f"{number}.png"))
         picture.save(files[-1])
-    cases = [
+    prompts = [
         ([0], "What is here?"),
         ([1, 2], "Compare them."),
         ([], "Hello there."),
@@ -40,18 +53,48 @@ def test_v2_runner_answers_like_the_reference(tmp_path: Path, attention: str) ->
         "tokens": TOKENS,
         "requests": [
             {"prompt": prompt(question, len(images)), "images": [files[i] for i in images]}
-            for images, question in cases
+            for images, question in prompts
         ],
     }
-    result = _answers(work, attention)
+    return Cases(reference, pictures, prompts, work)
+
+
+@pytest.mark.parametrize("attention", ["cpu", "reference", "triton"])
+def test_v2_runner_answers_like_the_reference(cases: Cases, attention: str) -> None:
+    result = _answers(cases.work, attention)
     assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
-    for (images, question), answer in zip(cases, result["answers"], strict=True):
-        ids = reference.prompt_ids(prompt(question, len(images)))
-        score = reference.score(ids, [pictures[i] for i in images], answer["tokens"])
+    for (images, question), answer in zip(cases.prompts, result["answers"], strict=True):
+        ids = cases.reference.prompt_ids(prompt(question, len(images)))
+        score = cases.reference.score(ids, [cases.pictures[i] for i in images], answer["tokens"])
         assert score.distributions.argmax(-1).tolist() == answer["tokens"]
         for step, logprobs in enumerate(answer["logprobs"]):
             for token, logprob in logprobs.items():
                 assert abs(logprob - float(score.distributions[step, int(token)])) <= 1e-3
+
+
+def test_the_host_waits_once_per_step_with_images_and_never_in_a_decode(cases: Cases) -> None:
+    # The first step of a server also sets up its tables.
+    steps = _answers(cases.work | {"watched": True}, "triton")["steps"][1:]
+    decodes = [step for step in steps if step["rows"] == step["requests"]]
+    encodes = [step for step in steps if step["images"]]
+    assert decodes and encodes
+    for step in decodes:
+        assert step["images"] == 0
+        assert step["waits"] == [] and step["waits_embedding"] == []
+    for step in encodes:
+        assert step["waits"] == [] and step["waits_embedding"] == ["Tensor.tolist"]
+
+
+def test_decodes_of_one_size_issue_the_same_operations(cases: Cases) -> None:
+    steps = _answers(cases.work | {"watched": True}, "triton")["steps"][1:]
+    by_size: dict[int, list[list[str]]] = {}
+    for step in steps:
+        if step["rows"] == step["requests"]:
+            by_size.setdefault(step["rows"], []).append(step["operations"])
+    repeated = [traces for traces in by_size.values() if len(traces) > 1]
+    assert repeated
+    for traces in repeated:
+        assert all(trace == traces[0] for trace in traces)
 
 
 def _answers(work: dict[str, Any], attention: str) -> dict[str, Any]:

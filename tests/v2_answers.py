@@ -29,10 +29,52 @@ def pretend_cpu_backend() -> None:
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
 
 
+def watch_steps() -> list[dict[str, Any]]:
+    """Trace every forward pass of the model, and the embedding before it; the list grows as steps run."""
+    from vllm.forward_context import get_forward_context
+
+    from tests.step_trace import trace_step
+    from vllm_hybrid.model import LlavaHybridForConditionalGeneration as Model
+
+    steps: list[dict[str, Any]] = []
+    embed, forward = Model.embed_input_ids, Model.forward
+    embedding: dict[str, list[str]] = {"waits": []}
+
+    def traced_embed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with trace_step([x for x in [kwargs.get("is_multimodal")] if x is not None]) as trace:
+            result = embed(self, *args, **kwargs)
+        embedding["waits"] = trace.waits
+        return result
+
+    def traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tiers = get_forward_context().attn_metadata
+        if tiers is None:
+            return forward(self, *args, **kwargs)
+        commons = [metadata.common for metadata in tiers.values()]
+        images = 0 if self._images is None else len(self._images.counts)
+        with trace_step(common.query_start_loc_cpu for common in commons) as trace:
+            result = forward(self, *args, **kwargs)
+        steps.append(
+            {
+                "rows": commons[0].num_actual_tokens,
+                "requests": commons[0].num_reqs,
+                "images": images,
+                "waits": trace.waits,
+                "waits_embedding": embedding["waits"],
+                "operations": trace.operations,
+            }
+        )
+        return result
+
+    Model.embed_input_ids, Model.forward = traced_embed, traced_forward
+    return steps
+
+
 def answer(work: dict[str, Any]) -> dict[str, Any]:
-    """Greedy answers with log-probabilities, and the name of the runner that gave them."""
+    """Greedy answers with log-probabilities, the name of the runner that gave them, and its steps."""
     from vllm import LLM, SamplingParams
 
+    steps = watch_steps() if work.get("watched") else []
     llm = LLM(
         work["checkpoint"],
         hf_overrides={"hybrid": work["hybrid"]},
@@ -52,6 +94,7 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     return {
         "runner": type(runner).__module__,
+        "steps": steps,
         "answers": [
             {
                 "tokens": list(output.token_ids),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -26,7 +28,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from . import cpu_attention, cpu_dense, unmerging
-from .planning import VirtualKeys, walk_pages
+from .planning import walk_pages
 from .tiers import SPEC_OF_TIER, Tier, tier_block_sizes
 from .unmerging import TierBatch
 
@@ -36,61 +38,70 @@ IMPLEMENTATION_ENV = "VLLM_HYBRID_ATTENTION"
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of the attention function: how it loads, reads pages, prepares and attends."""
-
-    load: Callable[[], object]
+    """One implementation of the attention function: how it writes and reads pages, prepares and attends."""
 
     write_pages: Callable[..., None]
-    walk_pages: Callable[..., VirtualKeys]
+    walk_pages: Callable[..., Any]
     plan: Callable[[TierBatch], Any]
     attend: Callable[..., None]
     attention_mass: Callable[..., torch.Tensor]
 
 
-def _attend_reference(query, pages, batch, plan, angles, scale, out) -> None:  # type: ignore[no-untyped-def]
-    unmerging.attend(query, pages, batch, angles, scale, out)
-
-
-def _attend_cpu(query, pages, batch, plan, angles, scale, out) -> None:  # type: ignore[no-untyped-def]
-    cpu_attention.attend(query, pages, batch, plan, angles, scale, out, cpu_dense.causal_attention)
-
-
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": Implementation(
-        lambda: None,
+def _reference() -> Implementation:
+    return Implementation(
         unmerging.write_pages,
         walk_pages,
         lambda batch: None,
-        _attend_reference,
-        unmerging.attention_mass,
-    ),
-    "cpu": Implementation(
-        cpu_attention.extension,
+        lambda query, pages, batch, plan, *rest: unmerging.attend(query, pages, batch, *rest),
+        lambda query, pages, batch, plan, *rest: unmerging.attention_mass(query, pages, batch, *rest),
+    )
+
+
+def _cpu() -> Implementation:
+    # Compiling on the first request would keep it waiting.
+    cpu_attention.extension()
+    return Implementation(
         cpu_attention.write_pages,
         cpu_attention.walk_pages,
         cpu_attention.plan_attention,
-        _attend_cpu,
-        cpu_attention.attention_mass,
-    ),
+        functools.partial(cpu_attention.attend, causal_attention=cpu_dense.causal_attention),
+        lambda query, pages, batch, plan, *rest: cpu_attention.attention_mass(query, pages, batch, *rest),
+    )
+
+
+def _triton() -> Implementation:
+    # Triton comes with vLLM on CUDA; a CPU does without, unless it interprets the kernels.
+    from . import gpu_attention
+
+    return Implementation(
+        unmerging.write_pages,
+        gpu_attention.walk_pages,
+        gpu_attention.plan_attention,
+        gpu_attention.attend,
+        gpu_attention.attention_mass,
+    )
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], Implementation]] = {
+    "reference": _reference,
+    "cpu": _cpu,
+    "triton": _triton,
 }
 
 
 def implementation() -> Implementation:
-    """The implementation VLLM_HYBRID_ATTENTION names, ``cpu`` where it is not set, loaded.
+    """The implementation VLLM_HYBRID_ATTENTION names; where it is not set, the platform's.
 
     Raises:
         ValueError: the environment names none that exists.
 
     """
-    name = os.environ.get(IMPLEMENTATION_ENV, "cpu")
+    name = os.environ.get(IMPLEMENTATION_ENV, "cpu" if current_platform.is_cpu() else "triton")
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"{IMPLEMENTATION_ENV}={name!r} is not an implementation; use one of {sorted(IMPLEMENTATIONS)}"
         )
-    chosen = IMPLEMENTATIONS[name]
-    # Compiling on the first request would keep it waiting.
-    chosen.load()
-    return chosen
+    return IMPLEMENTATIONS[name]()
 
 
 @dataclass
@@ -103,9 +114,13 @@ class HybridMetadata(AttentionMetadata):
 
 
 class HybridMetadataBuilder(AttentionMetadataBuilder[HybridMetadata]):
-    """Hands the runner's metadata on; the plan needs the images and is completed in the model."""
+    """Hands the runner's metadata on; the plan needs the images and is completed in the model.
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    A step of decodes has none: what the model does for it has the same shapes every time and reads all
+    that changes on the device, so that it can be captured.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -205,7 +220,9 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         self.implementation.write_pages(key, value, pages, batch.page_slots)
         self.implementation.attend(query, pages, batch, attn_metadata.plan, angles, self.scale, output)
         if self.ranks_images and batch.ranked:
-            batch.mass = self.implementation.attention_mass(query, pages, batch, angles, self.scale)
+            batch.mass = self.implementation.attention_mass(
+                query, pages, batch, attn_metadata.plan, angles, self.scale
+            )
         return output
 
 

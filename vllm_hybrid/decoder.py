@@ -266,8 +266,8 @@ class HybridLlamaModel(nn.Module):
             return hidden_states
         # Of the virtual rows only each request's last one is ever sampled from.
         virtual = hidden_states.new_empty(padded, hidden_states.shape[1])
-        last = torch.tensor(step.query_start[1:], device=hidden_states.device) - 1
-        virtual[last] = hidden_states[plan.row_of[last]]
+        last = batch.query_ptr[1:].long() - 1
+        virtual.index_copy_(0, last, hidden_states[plan.row_of[last]])
         return virtual
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

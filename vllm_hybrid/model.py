@@ -61,6 +61,8 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.hybrid = hybrid
         self._images: StepImages | None = None
+        # Live tokens of the last step's images, by the address of their embeddings.
+        self._counts: dict[int, int] = {}
 
     def _init_reduced(self, vllm_config: VllmConfig, prefix: str, hybrid: HybridConfig) -> None:
         nn.Module.__init__(self)
@@ -131,12 +133,13 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         return high * _OWNER_BASE + low
 
     def live_counts(self, embeddings: Sequence[torch.Tensor]) -> list[int]:
-        """Live tokens of encoded images, with one read from the device for all of them."""
-        if not embeddings:
-            return []
-        return (
-            self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in embeddings])).amax(dim=1) + 1
-        ).tolist()
+        """Live tokens of encoded images; those of the last step are known, others cost a round trip."""
+        unknown = [e for e in embeddings if e.data_ptr() not in self._counts]
+        if unknown:
+            owner = self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in unknown]))
+            read = (owner.amax(dim=1) + 1).tolist()
+            self._counts |= {e.data_ptr(): n for e, n in zip(unknown, read, strict=True)}
+        return [self._counts[e.data_ptr()] for e in embeddings]
 
     def embed_input_ids(
         self,
@@ -153,7 +156,7 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         """
         if not self.hybrid.active:
             return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
-        self._images = None
+        self._images, self._counts = None, {}
         if multimodal_embeddings is None or len(multimodal_embeddings) == 0:
             return super().embed_input_ids(input_ids, None, is_multimodal=is_multimodal)
         assert is_multimodal is not None
@@ -164,8 +167,12 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
                 "the scheduler must not split images"
             )
         owner = self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in multimodal_embeddings]))
-        rows = is_multimodal.nonzero()[:, 0].view(-1, self.patches)
-        self._images = StepImages(first_row=rows[:, 0].contiguous().to(owner.device), owner=owner)
+        # Both runners hand the mask over on the host, so finding the images asks the device nothing.
+        first_rows = is_multimodal.nonzero()[:, 0].view(-1, self.patches)[:, 0].tolist()
+        self._images = StepImages.of(first_rows, owner)
+        self._counts = {
+            e.data_ptr(): n for e, n in zip(multimodal_embeddings, self._images.counts, strict=True)
+        }
         features = [e[:, :-_OWNER_CHANNELS] for e in multimodal_embeddings]
         return super().embed_input_ids(input_ids, features, is_multimodal=is_multimodal)
 

@@ -25,9 +25,10 @@ def fact_words(patches: int) -> int:
 def new_page_facts(blocks: int, block_size: int, patches: int, device: torch.device) -> torch.Tensor:
     """Facts of a tier's pages, all text.
 
-    Returns int32 [blocks, block_size, fact_words(patches)].
+    Returns int32 [blocks + 1, block_size, fact_words(patches)]: the block behind the last one takes what
+    padding rows write, which no page may keep.
     """
-    return torch.zeros(blocks, block_size, fact_words(patches), dtype=torch.int32, device=device)
+    return torch.zeros(blocks + 1, block_size, fact_words(patches), dtype=torch.int32, device=device)
 
 
 def row_facts(
@@ -69,7 +70,7 @@ def row_facts(
     bit = torch.where(bit >= 1 << (_BITS - 1), bit - (1 << _BITS), bit).int()
     words = facts.shape[1]
     place = holder.clamp(min=0) * words + MASK + patch // _BITS
-    facts.view(-1).index_add_(0, place[held], bit[held])
+    facts.view(-1).index_add_(0, place.flatten(), torch.where(held, bit, 0).flatten())
     return facts
 
 

@@ -8,11 +8,32 @@ compaction, attention at virtual positions and the way back to virtual rows need
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .pages import COUNT, START, held_patches, row_facts
+
+
+def true_places(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Where a mask is true, without the wait for the device that ``nonzero`` takes.
+
+    Args:
+        mask: bool [n].
+        count: how many are true.
+
+    Returns:
+        int64 [count], ascending.
+
+    """
+    return torch.searchsorted(mask.cumsum(0), torch.arange(1, count + 1, device=mask.device))
+
+
+def to_device(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 numbers of the host on a device; the host does not wait for the copy."""
+    on_host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 @dataclass
@@ -22,11 +43,21 @@ class StepImages:
     Attributes:
         first_row: int64 [images], virtual row of each image's patch 0; its patches follow in order.
         owner: int64 [images, patches], the live token (0 .. n-1) that holds each patch.
+        first_rows: ``first_row`` on the host.
+        counts: live tokens of each image, on the host: what every shape of the step follows from.
 
     """
 
     first_row: torch.Tensor
     owner: torch.Tensor
+    first_rows: list[int]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, first_rows: list[int], owner: torch.Tensor) -> StepImages:
+        """Images at known rows; reads their live counts from the device, the step's one round trip."""
+        counts = (owner.amax(dim=1) + 1).tolist() if first_rows else []
+        return cls(to_device(first_rows, owner.device), owner, first_rows, counts)
 
     @property
     def patch_rows(self) -> torch.Tensor:
@@ -80,17 +111,19 @@ def plan_live_rows(num_rows: int, images: StepImages) -> RowPlan:
     compact = live.cumsum(0) - 1
     row_of = compact.clone()
     row_of[patch_rows] = compact[images.first_row][:, None] + images.owner
-    rows = live.nonzero()[:, 0]
+    dropped = len(images.counts) * patches - sum(images.counts)
+    rows = true_places(live, num_rows - dropped)
     return RowPlan(rows=rows, row_of=row_of, stored_at=rows, image=image_of[rows])
 
 
-def plan_kept_rows(lower: RowPlan, images: StepImages, keep: torch.Tensor) -> RowPlan:
+def plan_kept_rows(lower: RowPlan, images: StepImages, keep: torch.Tensor, kept_images: int) -> RowPlan:
     """The upper tier's rows: the lower tier's without the image tokens FastV dropped.
 
     Args:
         lower: the lower tier's plan of the same step.
         images: the images of the step.
         keep: bool [R of lower], true for every text row and every kept live token.
+        kept_images: image tokens kept, over all images.
 
     Returns:
         The plan; kept tokens of an image move up to its first slots, in their old order.
@@ -98,7 +131,7 @@ def plan_kept_rows(lower: RowPlan, images: StepImages, keep: torch.Tensor) -> Ro
     """
     compact = keep.cumsum(0) - 1
     row_of = torch.where(keep[lower.row_of], compact[lower.row_of], -1)
-    kept = keep.nonzero()[:, 0]
+    kept = true_places(keep, lower.rows.shape[0] - sum(images.counts) + kept_images)
     image = lower.image[kept]
     # Rank of a kept token inside its image: kept rows before it less kept rows before its image.
     first_live = lower.row_of.new_zeros(images.first_row.shape[0])

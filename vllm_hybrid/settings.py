@@ -8,7 +8,7 @@ switched on.
 from __future__ import annotations
 
 from transformers import PretrainedConfig
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -21,6 +21,7 @@ from .config import HybridConfig
 logger = init_logger(f"vllm.{__name__}")
 
 DEFAULT_BLOCK_SIZE = 16
+GRAPH_MODES = ("default", "NONE", "FULL_DECODE_ONLY")
 
 
 def num_patches(hf_config: PretrainedConfig) -> int:
@@ -67,6 +68,11 @@ class HybridSettings(VerifyAndUpdateConfig):
         logger.info("vllm-hybrid: %s", describe(hybrid))
 
 
+def _graph_mode(vllm_config: VllmConfig) -> str:
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return "default" if mode is None else mode.name
+
+
 def describe(hybrid: HybridConfig) -> str:
     """One line that says what is switched on."""
     parts = []
@@ -109,7 +115,15 @@ def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[s
         f"a scheduler of your own (--scheduler-cls {scheduler.scheduler_cls})": scheduler.scheduler_cls
         is not None,
         f"a worker of your own (--worker-cls {parallel.worker_cls})": parallel.worker_cls != "auto",
-        f"the {current_platform.device_name} platform": not current_platform.is_cpu(),
+        f"the {current_platform.device_name} platform": not (
+            current_platform.is_cpu() or current_platform.is_cuda()
+        ),
+        "vLLM's V1 model runner on CUDA (VLLM_USE_V2_MODEL_RUNNER=0)": (
+            current_platform.is_cuda() and not vllm_config.use_v2_model_runner
+        ),
+        f"CUDA graphs of prefill steps (cudagraph_mode {_graph_mode(vllm_config)})": (
+            current_platform.is_cuda() and _graph_mode(vllm_config) not in GRAPH_MODES
+        ),
         f"splitting prompts (--long-prefill-token-threshold {scheduler.long_prefill_token_threshold})": (
             hybrid.prunes and scheduler.long_prefill_token_threshold > 0
         ),
@@ -132,7 +146,13 @@ def _complete(vllm_config: VllmConfig, hybrid: HybridConfig) -> None:
     scheduler.disable_chunked_mm_input = True
     if hybrid.prunes:
         _fit_prompts_in_a_step(vllm_config)
-    vllm_config.parallel_config.worker_cls = "vllm_hybrid.worker.HybridCPUWorker"
+    if current_platform.is_cuda():
+        # A step with images computes fewer rows than vLLM counts, which is what its other graphs go by.
+        if vllm_config.compilation_config.cudagraph_mode is None:
+            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        vllm_config.parallel_config.worker_cls = "vllm_hybrid.cuda_worker.HybridCUDAWorker"
+    else:
+        vllm_config.parallel_config.worker_cls = "vllm_hybrid.worker.HybridCPUWorker"
     scheduler.scheduler_cls = "vllm_hybrid.scheduler.make_scheduler"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 import torch
@@ -9,8 +10,17 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 
 from .attention import HybridMetadata, Implementation
 from .choosing import choose
+from .config import live_to_kept
 from .pages import START, new_page_facts
-from .planning import RowPlan, StepImages, plan_facts, plan_kept_rows, plan_live_rows
+from .planning import (
+    RowPlan,
+    StepImages,
+    plan_facts,
+    plan_kept_rows,
+    plan_live_rows,
+    to_device,
+    true_places,
+)
 from .unmerging import TierBatch, page_rows
 
 
@@ -70,8 +80,7 @@ class Step:
         """
         if self.images is None or not self.prunes:
             return []
-        starts = torch.tensor(self.query_start[1:], device=self.images.first_row.device)
-        return torch.searchsorted(starts, self.images.first_row, right=True).unique().tolist()
+        return sorted({bisect_right(self.query_start, row) - 1 for row in self.images.first_rows})
 
     def upper_plan(self, lower: RowPlan, batch: TierBatch, ratio: float, heads: int) -> RowPlan:
         """The rows FastV keeps.
@@ -94,12 +103,14 @@ class Step:
             mass = tensor_model_parallel_all_reduce(mass)
         importance = mass / heads
         # A prompt may end in an image; the row that answers for its last position has to live on.
-        last = torch.tensor([self.query_start[r + 1] - 1 for r in batch.ranked], device=mass.device)
-        importance[lower.row_of[last]] = float("inf")
+        last = to_device([self.query_start[r + 1] - 1 for r in batch.ranked], mass.device)
+        importance.index_fill_(0, lower.row_of[last], float("inf"))
         is_image = lower.image >= 0
-        keep = ~is_image
-        keep[is_image] = choose(importance[is_image], self.images.live_counts, ratio)
-        return plan_kept_rows(lower, self.images, keep)
+        image_rows = true_places(is_image, sum(self.images.counts))
+        chosen = choose(importance[image_rows], self.images.live_counts, ratio)
+        keep = (~is_image).index_copy(0, image_rows, chosen)
+        kept_images = sum(live_to_kept(n, ratio) for n in self.images.counts)
+        return plan_kept_rows(lower, self.images, keep, kept_images)
 
     def tier_batch(
         self, plan: RowPlan, metadata: HybridMetadata, pages: TierPages, implementation: Implementation
@@ -121,11 +132,12 @@ class Step:
         slots = common.slot_mapping[: self.query_start[-1]][plan.stored_at].long()
         facts = pages.facts.view(-1, pages.facts.shape[2])
         # Block 0 is vLLM's null block: padding and capture rows point there and must say nothing.
-        real = slots >= pages.block_size
+        nowhere = facts.shape[0] - 1
+        places = torch.where(slots >= pages.block_size, slots, nowhere)
         if self.images is None:
-            facts[slots[real], START] = 0
+            facts[:, START].index_fill_(0, places, 0)
         else:
-            facts[slots[real]] = plan_facts(plan, self.images, self.positions)[real]
+            facts.index_copy_(0, places, plan_facts(plan, self.images, self.positions))
         slots = slots.clamp(min=0)
         requests = len(self.query_start) - 1
         keys = implementation.walk_pages(
@@ -140,6 +152,7 @@ class Step:
             positions=self.positions,
             query_start=self.query_start,
             page_slots=slots // pages.block_size * pages.rows_per_block + slots % pages.block_size,
+            query_ptr=common.query_start_loc[: requests + 1],
             keys=keys,
             ranked=self.ranked_requests(),
         )

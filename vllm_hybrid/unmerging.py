@@ -12,6 +12,7 @@ offers the same two functions over the same :class:`TierBatch`:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,8 +27,10 @@ class TierBatch:
         plan: the live rows of the step.
         positions: int64 [N], virtual position of each virtual row.
         query_start: a request's stretch of virtual rows: query_start[r] .. query_start[r + 1].
+        query_ptr: int32 [requests + 1], query_start where the rows are.
         page_slots: int64 [R], page row each live row's keys and values are written to.
-        keys: virtual key lists of all requests, this step's rows included.
+        keys: virtual key lists of all requests, this step's rows included, in the form of the
+            implementation that read them.
         ranked: requests whose last query ranks image tokens in this step (FastV).
         mass: float32 [R] once the ranking layer has run: attention each live row of the step received
             from its request's last query, summed over the heads at hand; zero for requests not ranked.
@@ -37,8 +40,9 @@ class TierBatch:
     plan: RowPlan
     positions: torch.Tensor
     query_start: list[int]
+    query_ptr: torch.Tensor
     page_slots: torch.Tensor
-    keys: VirtualKeys
+    keys: Any
     ranked: list[int]
     mass: torch.Tensor | None = None
 

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, which also tells the scheduler how many live tokens each new image has."""
+"""vLLM's workers, which also tell the scheduler how many live tokens each new image has."""
 
 from __future__ import annotations
 

@@ -1,0 +1,102 @@
+"""Virtual unmerging attention on a GPU: the Triton kernels behind the functions that vLLM's glue calls.
+
+Nothing here waits for the device. Shapes follow from what the host knows before the step; everything that
+changes from one replay of a captured decode graph to the next is read on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .kernels.decode import decode
+from .kernels.lists import KeyLists, QueryLists, new_key_lists
+from .kernels.mass import attention_mass as _mass
+from .kernels.prefill import prefill
+from .kernels.queries import query_lists
+from .kernels.segments import segment_mean
+from .kernels.walk import walk_pages as _walk
+from .planning import to_device
+from .unmerging import TierBatch
+
+
+@dataclass
+class GpuPlan:
+    """A step sorted into decodes and prefills; each kind takes one call per layer.
+
+    Attributes:
+        decode_rows: int32 [requests], live row of each request that brings one virtual row, else -1.
+        queries: virtual queries of the requests that bring several; None in a step of decodes alone.
+        ranked: bool [requests], whose last query ranks image tokens; None where none does.
+
+    """
+
+    decode_rows: torch.Tensor
+    queries: QueryLists | None
+    ranked: torch.Tensor | None
+
+
+def walk_pages(
+    facts: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    patches: int,
+    rows_per_block: int,
+) -> KeyLists:
+    """Every request's virtual key list, read from its live pages; see :mod:`vllm_hybrid.planning`.
+
+    A page that holds another request's data leaves its request without keys: a device raises nothing.
+    """
+    width = block_table.shape[1] * facts.shape[1]
+    keys = new_key_lists(block_table.shape[0], width, facts.device)
+    _walk(facts, block_table, seq_lens, patches, rows_per_block, keys)
+    return keys
+
+
+def plan_attention(batch: TierBatch) -> GpuPlan:
+    """Sort a step's requests; done once per tier and step, used by every layer of the tier."""
+    starts = batch.query_start
+    ends = batch.query_ptr[1:] - 1
+    # Padding requests stretch over nothing and end one row before the first.
+    row = batch.plan.row_of[ends.clamp(min=0)].int()
+    decode_rows = torch.where(batch.query_ptr.diff() == 1, row, -1)
+    if all(end - start <= 1 for start, end in zip(starts, starts[1:], strict=False)):
+        return GpuPlan(decode_rows, None, None)
+    queries = query_lists(batch.plan.row_of, batch.positions, batch.plan.image, batch.query_ptr)
+    ranked = None
+    if batch.ranked:
+        device = batch.query_ptr.device
+        ranked = torch.zeros(len(starts) - 1, dtype=torch.bool, device=device)
+        ranked.index_fill_(0, to_device(batch.ranked, device), True)
+    return GpuPlan(decode_rows, queries, ranked)
+
+
+def attend(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    batch: TierBatch,
+    plan: GpuPlan,
+    angles: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """:func:`vllm_hybrid.unmerging.attend`, given the plan of :func:`plan_attention`."""
+    if plan.queries is not None:
+        copies = query.new_empty(plan.queries.row.shape[0], *query.shape[1:])
+        prefill(query, pages, batch.keys, plan.queries, angles, scale, copies)
+        segment_mean(copies, plan.queries.by_row, plan.queries.row_start, out)
+    decode(query, plan.decode_rows, pages, batch.keys, angles, scale, out)
+
+
+def attention_mass(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    batch: TierBatch,
+    plan: GpuPlan,
+    angles: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """:func:`vllm_hybrid.unmerging.attention_mass`, given the plan of :func:`plan_attention`."""
+    assert plan.queries is not None and plan.ranked is not None, "only a step with images ranks"
+    return _mass(query, pages, batch.keys, plan.queries, plan.ranked, angles, scale)
