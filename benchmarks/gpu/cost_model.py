@@ -1,0 +1,437 @@
+"""A written cost model of one H100 serving LLaVA-1.5-7B: what stock vLLM and vllm-hybrid should take.
+
+    python benchmarks/gpu/cost_model.py [--json FILE]
+
+Nothing here is measured. Operations and bytes are counted exactly where the configuration decides them (tests
+hold the counts to torch's own and the KV blocks to the scheduler's); how much of the machine's peak a part
+reaches, and what the host costs, are assumptions, all of them in :class:`Gpu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from vllm_hybrid.calibrating import live_schedule  # noqa: E402
+from vllm_hybrid.config import live_to_kept  # noqa: E402
+
+BLOCK_SIZE = 16
+TEXT_TOKENS = 60
+# <image> is one prompt token, which becomes one position per patch; 5 text tokens stand before it.
+TEXT_BEFORE = 5
+REQUESTS = 64
+STEP_TOKENS = 16384
+LOADS = {"prefill": 1, "mixed": 32, "decode": 256}
+LIVE_TOKENS = (90, 195, 394)
+RATIOS = (0.0, 0.5, 0.75)
+FASTV_LAYER = 2
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU, and what is assumed of the software on it.
+
+    Attributes:
+        flops: peak dense bf16 operations per second (data sheet, H100 SXM).
+        bandwidth: peak bytes per second of device memory (data sheet).
+        gemm_share: assumed share of the peak that matrix products of a prefill reach.
+        attention_share: assumed share of the peak that Triton prefill attention reaches, in stock and hybrid.
+        tower_attention_share: assumed share that the tower's attention (577 tokens, head size 64) reaches.
+        bandwidth_share: assumed share of the bandwidth that weights and KV are read with.
+        launch: assumed seconds the host takes to launch one kernel outside of a CUDA graph.
+        stock_layer_launches: assumed launches per decoder layer of a prefill step, stock.
+        hybrid_layer_launches: the same of the hybrid: virtual queries and the mean add a few.
+        tower_layer_launches: assumed launches per tower layer without merging.
+        merge_launches: assumed further launches of a layer that merges.
+        round_trip: assumed seconds one wait of the host for the device costs; a merging layer has one, and
+            so has a step with images.
+        step: assumed seconds per step for scheduling, sampling and messages that nothing overlaps.
+
+    """
+
+    flops: float = 989e12
+    bandwidth: float = 3.35e12
+    gemm_share: float = 0.65
+    attention_share: float = 0.30
+    tower_attention_share: float = 0.30
+    bandwidth_share: float = 0.80
+    launch: float = 5e-6
+    stock_layer_launches: int = 9
+    hybrid_layer_launches: int = 12
+    tower_layer_launches: int = 12
+    merge_launches: int = 40
+    round_trip: float = 30e-6
+    step: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a LLaVA-1.5 configuration decides the cost; the defaults are the 7B model's, in bf16."""
+
+    vision_layers: int = 23
+    vision_width: int = 1024
+    vision_inside: int = 4096
+    vision_heads: int = 16
+    patches: int = 576
+    patch_size: int = 14
+    layers: int = 32
+    width: int = 4096
+    inside: int = 11008
+    heads: int = 32
+    kv_heads: int = 32
+    head_size: int = 128
+    vocabulary: int = 32064
+    number_bytes: int = 2
+
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in one decoder layer's matrices."""
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        return self.width * (2 * queries + 2 * keys) + 3 * self.width * self.inside
+
+    @property
+    def token_kv_bytes(self) -> int:
+        """Bytes of one token's key and value in one layer."""
+        return 2 * self.kv_heads * self.head_size * self.number_bytes
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How far image tokens are reduced: live tokens after the tower (None: no merging), FastV's K and R."""
+
+    live: int | None = None
+    ratio: float = 0.0
+    layer: int = FASTV_LAYER
+
+    def live_of(self, shape: Shape) -> int:
+        """Live tokens of an image."""
+        return shape.patches if self.live is None else self.live
+
+    def kept_of(self, shape: Shape) -> int:
+        """Image tokens in the upper layers."""
+        live = self.live_of(shape)
+        return live_to_kept(live, self.ratio) if self.ratio else live
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is reduced."""
+        return self.live is not None or self.ratio > 0
+
+    def lower_layers(self, shape: Shape) -> int:
+        """Decoder layers in the lower tier."""
+        return self.layer if self.ratio else shape.layers
+
+
+# Operations. A multiplication with its addition counts as two.
+
+
+def tower_tokens(shape: Shape, reduction: Reduction) -> list[tuple[float, float]]:
+    """Tokens of an image in each executed tower layer, class token included: in attention, in the MLP."""
+    before = [float(shape.patches)] * shape.vision_layers
+    after = before
+    if reduction.live is not None and reduction.live < shape.patches:
+        after = live_schedule(shape.patches, reduction.live, shape.vision_layers)
+        before = [float(shape.patches), *after[:-1]]
+    return [(b + 1, a + 1) for b, a in zip(before, after, strict=True)]
+
+
+def tower_linear_flops(shape: Shape, reduction: Reduction) -> float:
+    """Operations of the patch embedding and the tower's matrices, per image."""
+    width = shape.vision_width
+    total = 2.0 * shape.patches * 3 * shape.patch_size**2 * width
+    for attended, merged in tower_tokens(shape, reduction):
+        total += 8 * attended * width**2 + 4 * merged * width * shape.vision_inside
+    return total
+
+
+def tower_attention_flops(shape: Shape, reduction: Reduction) -> float:
+    """Operations of the tower's attention, per image."""
+    return sum(4 * t * t * shape.vision_width for t, _ in tower_tokens(shape, reduction))
+
+
+def matching_flops(shape: Shape, reduction: Reduction) -> float:
+    """Operations of scoring every A token against every B token, per image."""
+    if reduction.live is None:
+        return 0.0
+    size = shape.vision_width / shape.vision_heads
+    return sum(2 * (t / 2) ** 2 * size for t, _ in tower_tokens(shape, reduction))
+
+
+def projector_flops(shape: Shape, tokens: float) -> float:
+    """Operations of LLaVA's two-layer projector."""
+    return 2 * tokens * (shape.vision_width * shape.width + shape.width**2)
+
+
+def linear_flops(shape: Shape, rows: float) -> float:
+    """Operations of one decoder layer's matrices."""
+    return 2 * rows * shape.layer_weights
+
+
+def attention_flops(shape: Shape, pairs: float) -> float:
+    """Operations of one decoder layer's attention over pairs of virtual query and key."""
+    return 4 * pairs * shape.heads * shape.head_size
+
+
+def head_flops(shape: Shape, rows: float) -> float:
+    """Operations of the language model's head."""
+    return 2 * rows * shape.width * shape.vocabulary
+
+
+def causal_pairs(queries: float, keys: float) -> float:
+    """Pairs that see each other when the queries are the last of the keys."""
+    return queries * keys - queries * (queries - 1) / 2
+
+
+# KV memory: exactly the blocks that vLLM's managers hold once the step after the prefill has run.
+
+
+@dataclass(frozen=True)
+class TierBlocks:
+    """Blocks of one KV tier: layers, tokens per block, blocks of a request with its holes given back."""
+
+    layers: int
+    block_size: int
+    blocks: int
+
+
+def tier_blocks(
+    shape: Shape, reduction: Reduction, positions: int, image_start: int | None = TEXT_BEFORE
+) -> list[TierBlocks]:
+    """Blocks a request holds.
+
+    Args:
+        shape: the model.
+        reduction: what is switched on; nothing: stock vLLM at blocks of BLOCK_SIZE.
+        positions: virtual positions stored.
+        image_start: virtual position of the request's image, None without one.
+
+    Returns:
+        One entry per tier.
+
+    """
+    from vllm_hybrid.tiers import Tier, tier_block_sizes
+
+    lower = reduction.lower_layers(shape)
+    sizes = tier_block_sizes(BLOCK_SIZE, lower, shape.layers - lower)
+    layers = {Tier.LOWER: lower, Tier.UPPER: shape.layers - lower}
+    tokens = {Tier.LOWER: reduction.live_of(shape), Tier.UPPER: reduction.kept_of(shape)}
+    found = []
+    for tier, size in sizes.items():
+        blocks = -(-positions // size)
+        if image_start is not None and reduction.active:
+            first, end = image_start + tokens[tier], image_start + shape.patches
+            blocks -= max(0, end // size - -(-first // size))
+        found.append(TierBlocks(layers[tier], size, blocks))
+    return found
+
+
+def request_kv_bytes(
+    shape: Shape, reduction: Reduction, positions: int, image_start: int | None = TEXT_BEFORE
+) -> int:
+    """Bytes of the KV pool that a request holds; see :func:`tier_blocks`."""
+    return sum(
+        tier.layers * tier.block_size * tier.blocks * shape.token_kv_bytes
+        for tier in tier_blocks(shape, reduction, positions, image_start)
+    )
+
+
+# Time.
+
+
+@dataclass
+class Work:
+    """What one step computes: prompts prefilled and requests that decode, with their virtual lengths."""
+
+    prefills: int = 0
+    prompt: int = 0
+    decodes: Sequence[int] = field(default_factory=list)
+
+
+def kept_patches(shape: Shape, reduction: Reduction) -> float:
+    """Patches that kept tokens hold, taken as if all live tokens held equally many."""
+    return shape.patches * reduction.kept_of(shape) / reduction.live_of(shape)
+
+
+def encode_time(shape: Shape, reduction: Reduction, images: int, gpu: Gpu) -> float:
+    """Seconds to encode images in one batch."""
+    if images == 0:
+        return 0.0
+    gemm = tower_linear_flops(shape, reduction) + matching_flops(shape, reduction)
+    gemm += projector_flops(shape, reduction.live_of(shape))
+    device = images * gemm / (gpu.flops * gpu.gemm_share)
+    device += images * tower_attention_flops(shape, reduction) / (gpu.flops * gpu.tower_attention_share)
+    merges = reduction.live is not None
+    launches = gpu.tower_layer_launches + (gpu.merge_launches if merges else 0)
+    waits = gpu.round_trip * shape.vision_layers if merges else 0.0
+    return max(device, shape.vision_layers * launches * gpu.launch) + waits
+
+
+def decoder_time(shape: Shape, reduction: Reduction, work: Work, gpu: Gpu) -> float:
+    """Seconds in the decoder's layers and head for one step."""
+    lower = reduction.lower_layers(shape)
+    text = work.prompt - shape.patches
+    live, kept = reduction.live_of(shape), reduction.kept_of(shape)
+    tiers = [(lower, live, float(shape.patches)), (shape.layers - lower, kept, kept_patches(shape, reduction))]
+    total = 0.0
+    for layers, image_rows, image_positions in tiers:
+        rows = work.prefills * (text + image_rows) + len(work.decodes)
+        weights = shape.layer_weights * shape.number_bytes
+        linear = max(
+            linear_flops(shape, rows) / (gpu.flops * gpu.gemm_share),
+            weights / (gpu.bandwidth * gpu.bandwidth_share),
+        )
+        virtual = text + image_positions
+        pairs = work.prefills * causal_pairs(virtual, virtual)
+        prefill = attention_flops(shape, pairs) / (gpu.flops * gpu.attention_share)
+        # A decode reads every stored row once, however many positions it stands at.
+        stored = sum(length - shape.patches + image_rows for length in work.decodes)
+        read = stored * shape.token_kv_bytes / (gpu.bandwidth * gpu.bandwidth_share)
+        total += layers * (linear + prefill + read)
+    sampled = work.prefills + len(work.decodes)
+    head = shape.width * shape.vocabulary * shape.number_bytes / (gpu.bandwidth * gpu.bandwidth_share)
+    return total + max(head, head_flops(shape, sampled) / (gpu.flops * gpu.gemm_share))
+
+
+def step_time(shape: Shape, reduction: Reduction, work: Work, gpu: Gpu) -> float:
+    """Seconds of one step. A step of decodes alone is one CUDA graph and waits for no launch."""
+    device = decoder_time(shape, reduction, work, gpu)
+    if work.prefills:
+        per_layer = gpu.hybrid_layer_launches if reduction.active else gpu.stock_layer_launches
+        device = max(device, shape.layers * per_layer * gpu.launch)
+        device += gpu.round_trip if reduction.active else 0.0
+    return encode_time(shape, reduction, work.prefills, gpu) + device + gpu.step
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one load should show: requests/s, medians over requests of seconds to first and per later token."""
+
+    requests_per_s: float
+    first_token_s: float
+    per_token_s: float | None
+    kv_bytes: int
+
+
+def serve(
+    shape: Shape,
+    reduction: Reduction,
+    new_tokens: int,
+    gpu: Gpu,
+    requests: int = REQUESTS,
+    step_tokens: int = STEP_TOKENS,
+) -> Prediction:
+    """Requests that arrive together, in vLLM's order: running ones first, then as many whole prompts as fit."""
+    prompt = TEXT_TOKENS + shape.patches
+    waiting, clock = requests, 0.0
+    running: list[tuple[int, float]] = []  # tokens made, time of the first
+    firsts, later = [], []
+    while waiting or running:
+        room = step_tokens - len(running)
+        prefills = min(waiting, room // prompt)
+        work = Work(prefills, prompt, [prompt + made for made, _ in running])
+        clock += step_time(shape, reduction, work, gpu)
+        waiting -= prefills
+        running = [(made + 1, first) for made, first in running] + [(1, clock)] * prefills
+        firsts += [clock] * prefills
+        for made, first in running:
+            if made == new_tokens and made > 1:
+                later.append((clock - first) / (made - 1))
+        running = [(made, first) for made, first in running if made < new_tokens]
+    return Prediction(
+        requests_per_s=requests / clock,
+        first_token_s=statistics.median(firsts),
+        per_token_s=statistics.median(later) if later else None,
+        kv_bytes=request_kv_bytes(shape, reduction, prompt + min(new_tokens, 8)),
+    )
+
+
+def predict(
+    shape: Shape,
+    gpu: Gpu,
+    lives: Iterable[int] = LIVE_TOKENS,
+    ratios: Iterable[float] = RATIOS,
+    requests: int = REQUESTS,
+) -> list[dict[str, Any]]:
+    """One row per load and reduction, stock beside it."""
+    cells = []
+    ratios = list(ratios)
+    for load, tokens in LOADS.items():
+        stock = serve(shape, Reduction(), tokens, gpu, requests)
+        for live in lives:
+            for ratio in ratios:
+                ours = serve(shape, Reduction(live, ratio), tokens, gpu, requests)
+                cells.append(
+                    {
+                        "load": load,
+                        "live": live,
+                        "ratio": ratio,
+                        "stock": asdict(stock),
+                        "hybrid": asdict(ours),
+                        "speedup": ours.requests_per_s / stock.requests_per_s,
+                        "kv_less": stock.kv_bytes / ours.kv_bytes,
+                    }
+                )
+    return cells
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """Markdown of :func:`predict`."""
+
+    def ms(value: float | None) -> str:
+        return "" if value is None else f"{value * 1e3:.1f}"
+
+    lines = [
+        "| load | live | R | requests/s | stock | ratio | TTFT, ms | stock | TPOT, ms | stock | "
+        "KV a request, MB | stock | less |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        ours, stock = cell["hybrid"], cell["stock"]
+        lines.append(
+            f"| {cell['load']} | {cell['live']} | {cell['ratio']:g} | {ours['requests_per_s']:.1f} | "
+            f"{stock['requests_per_s']:.1f} | {cell['speedup']:.2f} | {ms(ours['first_token_s'])} | "
+            f"{ms(stock['first_token_s'])} | {ms(ours['per_token_s'])} | {ms(stock['per_token_s'])} | "
+            f"{ours['kv_bytes'] / 1e6:.1f} | {stock['kv_bytes'] / 1e6:.1f} | {cell['kv_less']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+HEADING = "PREDICTION (cost model; not measured)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the cells here")
+    parser.add_argument("--requests", type=int, default=REQUESTS)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="another assumption")
+    args = parser.parse_args()
+    gpu = Gpu()
+    for item in args.set:
+        name, _, value = item.partition("=")
+        if name not in asdict(gpu):
+            parser.error(f"{name} is no assumption; use one of {', '.join(asdict(gpu))}")
+        gpu = replace(gpu, **{name: float(value)})
+    cells = predict(Shape(), gpu, requests=args.requests)
+    print(f"{HEADING}: one H100, LLaVA-1.5-7B, bf16, {args.requests} requests at once\n")
+    print(table(cells))
+    if args.json:
+        content = {
+            "heading": HEADING,
+            "gpu": asdict(gpu),
+            "shape": asdict(Shape()),
+            "requests": args.requests,
+            "cells": cells,
+        }
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
