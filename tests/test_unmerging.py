@@ -274,8 +274,11 @@ def test_a_page_of_another_request_is_an_error(world: World, walk: Any, seed: in
         walk(world.facts, swapped, torch.tensor([world.lengths[1]] * 4), PATCHES, world.step)
 
 
-def test_bfloat16_stays_within_its_rounding(seed: int) -> None:
-    world = World(4, 2, 64, 8, [PATCHES + 12], [[4]], [[11]])
+@pytest.mark.parametrize("heads", [(4, 2, 64), (3, 1, 128), (2, 2, 96)])
+@pytest.mark.parametrize("later", [0, 9])
+def test_bfloat16_stays_within_its_rounding(heads: tuple[int, int, int], later: int, seed: int) -> None:
+    """Whole prompts, and chunks of text behind what an earlier step stored, on every kernel there is."""
+    world = World(*heads, 8, [PATCHES + 12, 2 * PATCHES + 20], [[2], [0, PATCHES]], [[11], [PATCHES, 1]])
     plan = planning.plan_live_rows(world.query_start[-1], world.images)
     query, key, value = (x.bfloat16() for x in random_rows(world, plan.rows.shape[0]))
     world.rows = world.rows.bfloat16()
@@ -285,14 +288,46 @@ def test_bfloat16_stays_within_its_rounding(seed: int) -> None:
     stored = torch.where((plan.image >= 0)[:, None, None], key, turned)
     where = block * world.step + offset
     cpu_attention.write_pages(stored, value, world.rows, where)
-    batch = world.batch(plan, where, cpu_attention.walk_pages, [])
-    out = torch.empty_like(query)
     given = turned_queries(world, plan, query).bfloat16()
-    _attend_cpu(given, world.rows, batch, world.angles, world.scale, out)
-    rows, positions = world.members(plan, 0)
-    wanted = reference.vtu_attention(query.float(), key.float(), value.float(), positions, THETA)
-    assert rows == list(range(plan.rows.shape[0]))
-    assert (out.float() - wanted).abs().max() < 0.06
+    batch = world.batch(plan, where, cpu_attention.walk_pages, [])
+    asked = torch.arange(plan.rows.shape[0])
+    if later:
+        ends = world.query_start[1:]
+        virtual = torch.cat([torch.arange(end - later, end) for end in ends])
+        asked = plan.row_of[virtual]
+        rows = torch.arange(len(virtual))
+        step = RowPlan(rows, rows, rows, torch.full_like(rows, -1))
+        starts = [0, later, 2 * later]
+        batch = TierBatch(
+            step, world.positions[virtual], starts, torch.tensor(starts).int(), rows, batch.keys, []
+        )
+    out = torch.full_like(given[asked], torch.nan)
+    _attend_cpu(given[asked], world.rows, batch, world.angles, world.scale, out)
+    got = dict(zip(asked.tolist(), out.float(), strict=True))
+    for request in range(2):
+        mine, positions = world.members(plan, request)
+        exact = (x[mine].float() for x in (query, key, value))
+        wanted = reference.vtu_attention(*exact, positions, THETA)
+        for row, answer in zip(mine, wanted, strict=True):
+            if row in got:
+                assert (got[row] - answer).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_proportional_attention_weighs_keys_by_their_sizes(head_size: int, seed: int) -> None:
+    lengths = torch.tensor([1, 97, 64, 6])
+    query, key, value = (torch.randn(3, int(lengths.sum()), 5, head_size) / 2).bfloat16()
+    size = torch.randint(1, 400, (int(lengths.sum()),)).float()
+    scale = head_size**-0.5
+    got = cpu_attention.proportional_attention(query, key, value, lengths, size.log(), scale)
+    if not cpu_attention.extension().bf16_serves(head_size):
+        assert got is None
+        return
+    for image in torch.arange(int(lengths.sum())).split(lengths.tolist()):
+        q, k, v = (x[image].double() for x in (query, key, value))
+        weight = (torch.einsum("qhd,khd->hqk", q, k) * scale).exp() * size[image].double()
+        wanted = torch.einsum("hqk,khd->qhd", weight / weight.sum(-1, keepdim=True), v)
+        torch.testing.assert_close(got[image].double(), wanted, atol=0.02, rtol=0.02)
 
 
 def test_layouts_other_than_slots_with_their_heads_together_are_refused() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,21 @@ import torch
 from filelock import FileLock
 
 
-def compile_extension(source: Path, name: str) -> Any:
-    """Compile a C++ file for this machine's CPU and import it; later calls find it built.
+def compile_extension(sources: Sequence[Path], name: str) -> Any:
+    """Compile C++ files for this machine's CPU and import it; later calls find it built.
 
     Any number of processes may ask at once, and any of them may be killed while it builds. Builds lie in
-    ``$TORCH_EXTENSIONS_DIR``, else in torch's own cache folder, one folder for each source and set of flags.
+    ``$TORCH_EXTENSIONS_DIR``, else in torch's own cache folder, one folder for each set of sources and flags.
 
     Args:
-        source: the C++ file.
+        sources: the C++ files; those they include from their own folders count as theirs.
         name: name of the module.
 
     Returns:
         The module.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or the source does not compile.
+        RuntimeError: there is no C++ compiler, or the sources do not compile.
 
     """
     from torch.utils import cpp_extension
@@ -40,7 +40,7 @@ def compile_extension(source: Path, name: str) -> Any:
             f"the C++ compiler {compiler!r} was not found, and CPU attention needs it; install g++ or set CXX"
         )
     flags = machine_flags()
-    folder = _build_folder(name, source, [compiler, *flags])
+    folder = _build_folder(name, sources, [compiler, *flags])
     folder.mkdir(parents=True, exist_ok=True)
     # torch guards a build with a file that stays behind when the builder is killed, and then waits for it
     # for ever. This lock goes with its process, so whoever holds it knows that such a file is a leftover.
@@ -49,7 +49,7 @@ def compile_extension(source: Path, name: str) -> Any:
         (folder / "lock").unlink(missing_ok=True)
         return cpp_extension.load(
             name=name,
-            sources=[str(source)],
+            sources=[str(source) for source in sources],
             extra_cflags=flags,
             build_directory=str(folder),
             verbose=False,
@@ -62,17 +62,21 @@ def machine_flags() -> list[str]:
 
     isa = pick_vec_isa()
     flags = ["-O3", "-fopenmp", "-fno-math-errno", *isa.build_arch_flags().split()]
+    if "-mavx512f" in flags and torch.cpu.get_capabilities().get("avx512_bf16"):
+        flags.append("-mavx512bf16")
     return flags + [f"-D{macro}" for macro in isa.build_macro()]
 
 
-def _build_folder(name: str, source: Path, flags: list[str]) -> Path:
+def _build_folder(name: str, sources: Sequence[Path], flags: list[str]) -> Path:
     """One folder for each build that differs, so that checkouts do not undo one another's."""
     from torch.utils import cpp_extension
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    told_apart = [str(source), torch.__version__, sys.version, *flags]
-    digest = hashlib.sha256("\0".join(told_apart).encode() + source.read_bytes()).hexdigest()
-    return Path(root) / f"{name}-{digest[:16]}"
+    told_apart = hashlib.sha256("\0".join([torch.__version__, sys.version, *flags]).encode())
+    headers = sorted({header for source in sources for header in source.parent.glob("*.h")})
+    for file in [*sources, *headers]:
+        told_apart.update(str(file).encode() + b"\0" + file.read_bytes())
+    return Path(root) / f"{name}-{told_apart.hexdigest()[:16]}"
 
 
 @contextmanager

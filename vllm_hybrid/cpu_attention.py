@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .compiling import compile_extension
 from .planning import VirtualKeys
 from .unmerging import TierBatch
 
-_SOURCE = Path(__file__).parent / "csrc" / "cpu_attention.cpp"
+_SOURCES = [Path(__file__).parent / "csrc" / name for name in ("cpu_attention.cpp", "cpu_bf16.cpp")]
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def extension() -> Any:
         RuntimeError: no C++ compiler was found.
 
     """
-    return compile_extension(_SOURCE, "vllm_hybrid_cpu_attention")
+    return compile_extension(_SOURCES, "vllm_hybrid_cpu_attention")
 
 
 def walk_pages(
@@ -52,6 +52,23 @@ def write_pages(key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slo
     extension().write_rows(key, value, pages, slots)
 
 
+class Workspace:
+    """Tensors by name that are made once and written again and again.
+
+    Fresh memory costs a page fault every 4 KiB, which for copies of this size takes as long as the copy.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        """A contiguous tensor of ``like``'s dtype and a shape, holding whatever was written last."""
+        held = self._held.get(name)
+        if held is None or held.shape != shape or held.dtype != like.dtype:
+            held = self._held[name] = like.new_empty(shape)
+        return held
+
+
 @dataclass
 class VirtualPrefill:
     """Virtual queries and keys of all requests with several queries, one request after the other.
@@ -67,6 +84,7 @@ class VirtualPrefill:
         key_page, key_positions, key_image: of every virtual key its page row, position, and kind.
         key_ptr: int64 [requests + 1], a request's stretch of virtual keys.
         scratch: what the dense kernel prepares once for all layers.
+        memory: where the copies of all layers go, one layer after the other.
 
     """
 
@@ -82,6 +100,7 @@ class VirtualPrefill:
     key_image: torch.Tensor
     key_ptr: torch.Tensor
     scratch: Any = None
+    memory: Workspace = field(default_factory=lambda: Workspace())
 
 
 @dataclass
@@ -208,9 +227,26 @@ def _prefill(
 ) -> None:
     ops = extension()
     heads, head_size = query.shape[1:]
+    if query.dtype == pages.dtype == torch.bfloat16 and ops.bf16_serves(head_size):
+        ops.bf16_prefill(
+            query,
+            pages,
+            plan.rows,
+            plan.positions,
+            plan.image,
+            plan.query_ptr,
+            plan.key_page,
+            plan.key_positions,
+            plan.key_image,
+            plan.key_ptr,
+            angles,
+            scale,
+            out,
+        )
+        return
     keys, kv_heads = plan.key_page.shape[0], pages.shape[1]
-    q = query.new_empty(plan.rows.shape[0], heads, head_size)
-    k, v = query.new_empty(2, keys, kv_heads, head_size)
+    q = plan.memory.get("query", query, plan.rows.shape[0], heads, head_size)
+    k, v = plan.memory.get("key and value", query, 2, keys, kv_heads, head_size)
     ops.expand(query, plan.rows, plan.positions, plan.image, angles, 0, True, q)
     ops.expand(pages, plan.key_page, plan.key_positions, plan.key_image, angles, 0, True, k)
     ops.expand(pages, plan.key_page, plan.key_positions, plan.key_image, angles, head_size, False, v)
@@ -244,6 +280,36 @@ def _decode(
         out,
         angles.new_empty(0) if mass is None else mass,
     )
+
+
+def proportional_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: torch.Tensor,
+    log_size: torch.Tensor,
+    scale: float,
+) -> torch.Tensor | None:
+    """Attention of every token to every token of its sequence, keys weighed by their sizes.
+
+    Args:
+        query: bf16 [tokens, heads, head_size], sequence after sequence; so are key and value.
+        key: see query.
+        value: see query.
+        lengths: int64 [sequences], tokens of each.
+        log_size: float32 [tokens], added to a key's logits (ToMe, arXiv 2210.09461, section 3.2).
+        scale: factor on the scores.
+
+    Returns:
+        The shape of query; None where this CPU has no kernel for the dtype or the head size.
+
+    """
+    if query.dtype != torch.bfloat16 or not extension().bf16_serves(query.shape[-1]):
+        return None
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    starts = F.pad(lengths.cumsum(0), (1, 0))
+    extension().bf16_weighed(query, key, value, starts, log_size, scale, out)
+    return out
 
 
 def attention_mass(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from vllm import _custom_ops as ops
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from .cpu_attention import VirtualPrefill
+from .cpu_attention import VirtualPrefill, Workspace
 
 _BLOCK = 128
 
@@ -66,32 +65,7 @@ def causal_attention(
     """What :func:`vllm_hybrid.cpu_attention.torch_causal_attention` does, by vLLM's kernel."""
     if plan.scratch is None:
         plan.scratch = ScratchPages.lay_out(plan.query_ptr, plan.key_ptr)
-    return _attend(query, key, value, plan.scratch, scale, causal=True)
-
-
-def full_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Attention of every token to every token inside each of several sequences.
-
-    Args:
-        query: [tokens, heads, head_size], sequence after sequence; so are key and value.
-        key: see query.
-        value: see query.
-        lengths: int64 [sequences], tokens of each.
-        scale: factor on the scores.
-
-    Returns:
-        The shape of query.
-
-    """
-    stretches = F.pad(lengths.cumsum(0), (1, 0))
-    return _attend(query, key, value, ScratchPages.lay_out(stretches, stretches), scale, causal=False)
-
-
-def serves_head_size(head_size: int) -> bool:
-    """Whether vLLM's kernel has this head size."""
-    return head_size in CPUAttentionBackend.get_supported_head_sizes()
+    return _attend(query, key, value, plan.scratch, scale, plan.memory)
 
 
 def _attend(
@@ -100,12 +74,12 @@ def _attend(
     value: torch.Tensor,
     pages: ScratchPages,
     scale: float,
-    causal: bool,
+    memory: Workspace,
 ) -> torch.Tensor:
     heads, head_size = query.shape[1:]
     kv_heads = key.shape[1]
     isa = _get_attn_isa(query.dtype, _BLOCK, head_size, "auto")
-    cache = query.new_empty(pages.blocks, kv_heads, 2 * _BLOCK, head_size)
+    cache = memory.get("scratch pages", query, pages.blocks, kv_heads, 2 * _BLOCK, head_size)
     key_cache, value_cache = cache.chunk(2, dim=2)
     # The kernel multiplies whole blocks, so what stands behind a sequence's last key must be finite.
     cache[pages.last_blocks] = 0
@@ -121,14 +95,14 @@ def _attend(
             seq_lens=pages.lengths,
             dtype=query.dtype,
             query_start_loc=pages.query_start,
-            causal=causal,
+            causal=True,
             sliding_window_size=-1,
             isa=isa,
             enable_kv_split=True,
             dynamic_causal=None,
             kv_cache_dtype="auto",
         )
-    out = torch.empty_like(query)
+    out = memory.get("copies", query, *query.shape)
     ops.cpu_attention_with_kv_cache(
         query=query,
         key_cache=key_cache,
@@ -137,7 +111,7 @@ def _attend(
         query_start_loc=pages.query_start,
         seq_lens=pages.lengths,
         scale=scale,
-        causal=causal,
+        causal=True,
         alibi_slopes=None,
         sliding_window=-1,
         block_table=pages.table,

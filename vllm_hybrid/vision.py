@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.clip import CLIPAttention, CLIPVisionModel
 
-from . import cpu_dense
+from . import cpu_attention
 from .merging import PackedTokens, log_size_bias, merge, pad, unpad
 
 
@@ -80,11 +80,13 @@ def _attend(
 
 def _mix(parts: list[torch.Tensor], tokens: PackedTokens, scale: float) -> torch.Tensor:
     """Attention over packed queries, keys and values [T, heads, head_dim]; sizes weigh the keys."""
+    query, key, value = parts
+    if query.is_cpu:
+        log_size = tokens.size.log()
+        mixed = cpu_attention.proportional_attention(query, key, value, tokens.lengths, log_size, scale)
+        if mixed is not None:
+            return mixed
     bias = log_size_bias(tokens)
-    if bias is None and parts[0].is_cpu and cpu_dense.serves_head_size(parts[0].shape[-1]):
-        # Until something has merged no key is weighed, and the CPU's dense kernel will do.
-        query, key, value = parts
-        return cpu_dense.full_attention(query, key, value, tokens.lengths, scale)
     query, key, value = (pad(x, tokens).transpose(1, 2) for x in parts)
     mask = None if bias is None else bias.to(query.dtype)
     return unpad(F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2), tokens)

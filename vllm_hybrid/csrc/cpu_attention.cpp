@@ -17,6 +17,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu_bf16.h"
+
 #define DISPATCH(TYPE, NAME, ...)                                                                       \
   AT_DISPATCH_SWITCH(TYPE, NAME,                                                                        \
                      AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__) \
@@ -380,4 +382,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("expand", &expand);
   m.def("segment_mean", &segment_mean);
   m.def("decode", &decode);
+  m.def("bf16_serves", &bf16_serves);
+  m.def("bf16_prefill", &bf16_prefill);
+  m.def("bf16_weighed", &bf16_weighed);
 }

@@ -1,0 +1,14 @@
+// Attention of many queries in bf16 on CPUs with AVX512-BF16: see cpu_bf16.cpp.
+#pragma once
+#include <torch/extension.h>
+
+// Whether this build has the kernels, and they serve a head size.
+bool bf16_serves(int64_t head_size);
+
+void bf16_prefill(const at::Tensor& query, const at::Tensor& pages, const at::Tensor& rows,
+                  const at::Tensor& positions, const at::Tensor& image, const at::Tensor& query_ptr,
+                  const at::Tensor& key_page, const at::Tensor& key_positions, const at::Tensor& key_image,
+                  const at::Tensor& key_ptr, const at::Tensor& angles, double scale, const at::Tensor& out);
+
+void bf16_weighed(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                  const at::Tensor& starts, const at::Tensor& bias, double scale, const at::Tensor& out);
