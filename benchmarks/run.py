@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
 from datetime import date
@@ -49,6 +50,23 @@ def run_engine(checkpoint: Path, kind: str, loads: str, repeats: int, log: Path)
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
     raise RuntimeError(f"the {kind} engine gave no result; see {log}")
+
+
+def join_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several measurements of the same kind: medians over all repeats of all rounds."""
+    loads: dict[str, dict[str, Any]] = {}
+    for load in rounds[0]["loads"]:
+        parts = [one["loads"][load] for one in rounds]
+        rates = [rate for part in parts for rate in part["all_requests_per_s"]]
+        median = statistics.median(rates)
+        loads[load] = {
+            "requests_per_s": median,
+            "time_to_first_token_s": statistics.median(part["time_to_first_token_s"] for part in parts),
+            "tokens_per_s": median * LOADS[load][0],
+            "all_requests_per_s": rates,
+        }
+    peak = max(one["peak_bytes"] for one in rounds)
+    return rounds[0] | {"loads": loads, "peak_bytes": peak}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -149,7 +167,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", default="stock,hybrid,off", help="servers, stock first")
     parser.add_argument("--loads", default=",".join(LOADS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2, help="of each load in each round")
+    parser.add_argument("--rounds", type=int, default=2, help="over all servers, every other one backwards")
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
@@ -157,11 +176,16 @@ def main() -> None:
 
     write(args.checkpoint)
     args.out.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for kind in args.kinds.split(","):
-        loads = "prefill,decode" if kind == "off" else args.loads
-        print(f"measuring {kind}", flush=True)
-        results[kind] = run_engine(args.checkpoint, kind, loads, args.repeats, args.out / f"{kind}.log")
+    kinds = args.kinds.split(",")
+    measured: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    for number in range(args.rounds):
+        # A machine drifts; there and back, every server is measured early and late.
+        for kind in kinds if number % 2 == 0 else reversed(kinds):
+            loads = "prefill,decode" if kind == "off" else args.loads
+            print(f"round {number + 1} of {args.rounds}: {kind}", flush=True)
+            log = args.out / f"{kind}.log"
+            measured[kind].append(run_engine(args.checkpoint, kind, loads, args.repeats, log))
+    results = {kind: join_rounds(rounds) for kind, rounds in measured.items()}
     report = {
         "command": " ".join(["python", *sys.argv]),
         "date": date.today().isoformat(),
