@@ -279,7 +279,10 @@ def decoder_time(shape: Shape, reduction: Reduction, work: Work, gpu: Gpu) -> fl
     lower = reduction.lower_layers(shape)
     text = work.prompt - shape.patches
     live, kept = reduction.live_of(shape), reduction.kept_of(shape)
-    tiers = [(lower, live, float(shape.patches)), (shape.layers - lower, kept, kept_patches(shape, reduction))]
+    tiers = [
+        (lower, live, float(shape.patches)),
+        (shape.layers - lower, kept, kept_patches(shape, reduction)),
+    ]
     total = 0.0
     for layers, image_rows, image_positions in tiers:
         rows = work.prefills * (text + image_rows) + len(work.decodes)
@@ -312,12 +315,12 @@ def step_time(shape: Shape, reduction: Reduction, work: Work, gpu: Gpu) -> float
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one load should show: requests/s, medians over requests of seconds to first and per later token."""
+    """What one load should show: requests/s, and median seconds to first and per later token."""
 
     requests_per_s: float
     first_token_s: float
     per_token_s: float | None
-    kv_bytes: int
+    kv_bytes: int  # of the pool, once two tokens are made and the holes are given back
 
 
 def serve(
@@ -328,7 +331,7 @@ def serve(
     requests: int = REQUESTS,
     step_tokens: int = STEP_TOKENS,
 ) -> Prediction:
-    """Requests that arrive together, in vLLM's order: running ones first, then as many whole prompts as fit."""
+    """Requests that arrive together, in vLLM's order: running ones first, then whole prompts that fit."""
     prompt = TEXT_TOKENS + shape.patches
     waiting, clock = requests, 0.0
     running: list[tuple[int, float]] = []  # tokens made, time of the first
@@ -349,7 +352,7 @@ def serve(
         requests_per_s=requests / clock,
         first_token_s=statistics.median(firsts),
         per_token_s=statistics.median(later) if later else None,
-        kv_bytes=request_kv_bytes(shape, reduction, prompt + min(new_tokens, 8)),
+        kv_bytes=request_kv_bytes(shape, reduction, prompt + 2),
     )
 
 
@@ -408,10 +411,14 @@ HEADING = "PREDICTION (cost model; not measured)"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="also write the cells here")
     parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="another assumption")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=NUMBER", help="another assumption"
+    )
     args = parser.parse_args()
     gpu = Gpu()
     for item in args.set:

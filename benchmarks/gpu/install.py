@@ -31,6 +31,8 @@ MODULES = (
     "triton",
     "transformers",
     "vllm",
+    "vllm._C_stable_libtorch",
+    "vllm.platforms.cuda",
     "vllm.entrypoints.llm",
     "vllm.v1.engine.core",
     "vllm.v1.worker.gpu_worker",
