@@ -1,13 +1,16 @@
-"""The stat logger alone: running totals from the scheduler become Prometheus counters."""
+"""The stat logger alone: what the scheduler counted becomes Prometheus counters."""
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from prometheus_client import REGISTRY
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -15,6 +18,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from tests.engines import checkpoint, hybrid_section
 from vllm_hybrid.checkpoint import load_config
 from vllm_hybrid.metrics import PREFIX, HybridStatLogger
+from vllm_hybrid.scheduler import HoleReclaim
 
 _names = itertools.count()
 
@@ -34,23 +38,31 @@ def value(of: HybridStatLogger, name: str) -> float | None:
     return REGISTRY.get_sample_value(f"{PREFIX}{name}_total", labels)
 
 
-def stats(**totals: int) -> SchedulerStats:
-    return SchedulerStats(running_lora_adapters={PREFIX + name: n for name, n in totals.items()})
+def stats(**counts: int) -> SchedulerStats:
+    return SchedulerStats(running_lora_adapters={PREFIX + name: n for name, n in counts.items()})
 
 
-def test_totals_are_counted_by_difference() -> None:
+def test_counts_add_up() -> None:
     counted = logger()
-    for images, live in [(1, 90), (1, 90), (4, 400)]:
+    for images, live in [(1, 90), (0, 0), (3, 310)]:
         counted.record(stats(images=images, live_tokens=live), None)
     assert value(counted, "images") == 4
     assert value(counted, "live_tokens") == 400
 
 
-def test_an_engine_that_starts_over_adds_to_the_count() -> None:
-    counted = logger()
-    for images in (5, 2, 3):
-        counted.record(stats(images=images), None)
-    assert value(counted, "images") == 8
+def test_several_api_servers_share_the_counts_of_one_engine() -> None:
+    """Each message reaches one of them, so that their sum is the engine's."""
+    engine = SimpleNamespace(totals=Counter(), reported=Counter())
+    servers = [logger(), logger()]
+    for server, images in zip([0, 1, 1, 0], [2, 3, 0, 4], strict=True):
+        engine.totals["images"] += images
+        with mock.patch.object(Scheduler, "make_stats", lambda self: SchedulerStats()):
+            bound = type("Engine", (HoleReclaim, Scheduler), {"__init__": lambda self: None})()
+            bound.__dict__ |= vars(engine)
+            sent = bound.make_stats()
+        engine.reported = bound.reported
+        servers[server].record(sent, None)
+    assert sum(value(server, "images") or 0 for server in servers) == 9
 
 
 def test_engines_are_counted_apart() -> None:
@@ -78,7 +90,7 @@ def test_counters_stand_at_zero_from_the_start_only_where_something_is_reduced()
 
 
 @pytest.mark.parametrize("total", [0, 1, 2**40])
-def test_totals_survive_the_way_to_the_api_server(total: int) -> None:
+def test_counts_survive_the_way_to_the_api_server(total: int) -> None:
     sent = EngineCoreOutputs(scheduler_stats=stats(patches=total))
     received = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(sent))
     counted = logger()

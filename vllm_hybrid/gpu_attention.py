@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from .kernels.decode import decode
-from .kernels.lists import KeyLists, QueryLists, new_key_lists
+from .kernels.lists import KeyLists, QueryLists, new_key_lists, query_lists
 from .kernels.mass import attention_mass as _mass
 from .kernels.prefill import prefill
-from .kernels.queries import query_lists
 from .kernels.segments import segment_mean
 from .kernels.walk import walk_pages as _walk
 from .planning import to_device
@@ -28,7 +27,7 @@ class GpuPlan:
     Attributes:
         decode_rows: int32 [requests], live row of each request that brings one virtual row, else -1.
         queries: virtual queries of the requests that bring several; None in a step of decodes alone.
-        ranked: bool [requests], whose last query ranks image tokens; None where none does.
+        ranked: int32 [requests], 1 where the last query ranks image tokens; None where none does.
 
     """
 
@@ -67,8 +66,8 @@ def plan_attention(batch: TierBatch) -> GpuPlan:
     ranked = None
     if batch.ranked:
         device = batch.query_ptr.device
-        ranked = torch.zeros(len(starts) - 1, dtype=torch.bool, device=device)
-        ranked.index_fill_(0, to_device(batch.ranked, device), True)
+        ranked = torch.zeros(len(starts) - 1, dtype=torch.int32, device=device)
+        ranked.index_fill_(0, to_device(batch.ranked, device), 1)
     return GpuPlan(decode_rows, queries, ranked)
 
 
@@ -84,7 +83,8 @@ def attend(
     """:func:`vllm_hybrid.unmerging.attend`, given the plan of :func:`plan_attention`."""
     if plan.queries is not None:
         copies = query.new_empty(plan.queries.row.shape[0], *query.shape[1:])
-        prefill(query, pages, batch.keys, plan.queries, angles, scale, copies)
+        prefill(query, pages, batch.keys, plan.queries, plan.decode_rows, angles, scale, copies)
+        # Rows of decodes get a mean of nothing here, and their answer below.
         segment_mean(copies, plan.queries.by_row, plan.queries.row_start, out)
     decode(query, plan.decode_rows, pages, batch.keys, angles, scale, out)
 

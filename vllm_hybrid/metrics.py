@@ -1,7 +1,7 @@
 """Prometheus counters of what was reduced, on vLLM's own /metrics.
 
-The scheduler's running totals arrive with vLLM's statistics (see ``HoleReclaim.make_stats``); this stat
-logger, loaded by entry point, turns them into counters labelled like vLLM's.
+What the scheduler counted arrives with vLLM's statistics (see ``HoleReclaim.make_stats``); this stat
+logger, loaded by entry point, adds it to counters labelled like vLLM's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ class HybridStatLogger(StatLoggerBase):
         hf_config = vllm_config.model_config.hf_config
         ours = ARCHITECTURE in (getattr(hf_config, "architectures", None) or [])
         self.reduces = ours and hybrid_config(hf_config).active
-        self.seen: dict[str, int] = {}
 
     def record(
         self,
@@ -51,17 +50,13 @@ class HybridStatLogger(StatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Add what has happened since the last record to the counters."""
+        """Add what the scheduler counted to the counters."""
         if scheduler_stats is None:
             return
-        for key, total in scheduler_stats.running_lora_adapters.items():
+        for key, count in scheduler_stats.running_lora_adapters.items():
             name = key.removeprefix(PREFIX)
-            if name not in _MEANINGS or name == key:
-                continue
-            before = self.seen.get(name, 0)
-            # A total below the last one comes from an engine that started over.
-            counters()[name].labels(*self.labels).inc(total - before if total >= before else total)
-            self.seen[name] = total
+            if name in _MEANINGS and name != key:
+                counters()[name].labels(*self.labels).inc(count)
 
     def log_engine_initialized(self) -> None:
         """Show the counters at zero once an engine that may move them is up."""

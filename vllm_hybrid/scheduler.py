@@ -47,6 +47,7 @@ class HoleReclaim(_Scheduler):
         self.live_counts: OrderedDict[str, int] = OrderedDict()
         self.given_back: set[str] = set()
         self.totals: Counter[str] = Counter()
+        self.reported: Counter[str] = Counter()
 
     def _try_schedule_encoder_inputs(
         self,
@@ -153,14 +154,17 @@ class HoleReclaim(_Scheduler):
         super()._free_request_blocks(request)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """vLLM's statistics, with this scheduler's running totals.
+        """vLLM's statistics, with what this scheduler counted since the last ones.
 
-        They travel in the LoRA map, the one open mapping of the message that nobody reads here: LoRA is
-        refused. ``vllm_hybrid.metrics`` takes them out again.
+        Any of several API servers may get them, so each count is sent once. They travel in the LoRA map,
+        the one open mapping of the message that nobody reads here: LoRA is refused.
+        ``vllm_hybrid.metrics`` takes them out again.
         """
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            stats.running_lora_adapters = {f"vllm_hybrid:{name}": n for name, n in self.totals.items()}
+            news = self.totals - self.reported
+            self.reported = self.totals.copy()
+            stats.running_lora_adapters = {f"vllm_hybrid:{name}": n for name, n in news.items()}
         return stats
 
 

@@ -1,0 +1,93 @@
+"""Virtual keys and queries as lists of one length, which threads can cut anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class KeyLists:
+    """Virtual keys of a batch in buffers of fixed size, ascending by virtual position.
+
+    A turn of 0 turns nothing, so turning every key by its turn is right for text too.
+
+    Attributes:
+        rows: int32 [requests, width], page row (block * rows_per_block + offset) a key is read from.
+        turn: int32 [requests, width], position a stored key is turned to; 0 for text, stored turned.
+        count: int32 [requests], virtual keys; what stands behind them is undefined. Negative where a page
+            held another request's data: such a request has no keys.
+
+    """
+
+    rows: torch.Tensor
+    turn: torch.Tensor
+    count: torch.Tensor
+
+
+def new_key_lists(requests: int, width: int, device: torch.device) -> KeyLists:
+    """Room for the lists of ``requests`` requests of up to ``width`` virtual positions."""
+    rows, turn = torch.empty(2, requests, width, dtype=torch.int32, device=device)
+    return KeyLists(rows, turn, torch.empty(requests, dtype=torch.int32, device=device))
+
+
+@dataclass
+class QueryLists:
+    """Virtual queries of a step, request after request, ascending by position, dropped ones left out.
+
+    A request's queries stand at the positions of its last keys, so query i of q sees all but the last
+    q - 1 - i keys. Entries behind ``start[-1]`` are undefined.
+
+    Attributes:
+        row: int32 [N], live row of each virtual query.
+        turn: int32 [N], position to turn it to; 0 for text rows, which are given turned.
+        start: int32 [requests + 1], a request's stretch.
+        by_row: int32 [N], virtual queries in stable order of live row.
+        row_start: int32 [R + 1], a live row's stretch of ``by_row``.
+
+    """
+
+    row: torch.Tensor
+    turn: torch.Tensor
+    start: torch.Tensor
+    by_row: torch.Tensor
+    row_start: torch.Tensor
+
+
+def query_lists(
+    row_of: torch.Tensor, positions: torch.Tensor, image: torch.Tensor, query_start: torch.Tensor
+) -> QueryLists:
+    """The virtual queries of a step; the host does not wait for the device.
+
+    Args:
+        row_of: int64 [N], live row that stands for each virtual row, -1 where it was dropped.
+        positions: int64 [N], virtual position of each virtual row.
+        image: int64 [R], image of the step a live row belongs to, -1 for text.
+        query_start: int32 [requests + 1], a request's stretch of virtual rows.
+
+    """
+    virtual, rows = row_of.shape[0], image.shape[0]
+    inside = torch.arange(virtual, device=row_of.device) < query_start[-1]
+    stands = (row_of >= 0) & inside
+    before = stands.cumsum(0)
+    # Dropped rows are sent to one place behind the list.
+    place = torch.where(stands, before - 1, virtual)
+    turn = torch.where(image[row_of.clamp(min=0)] >= 0, positions, 0)
+
+    def listed(values: torch.Tensor, behind: int) -> torch.Tensor:
+        room = torch.full((virtual + 1,), behind, dtype=torch.int32, device=values.device)
+        return room.scatter_(0, place, values.int())[:virtual]
+
+    # What stands behind the list sorts behind every live row.
+    row = listed(row_of, rows)
+    by_row = row.sort(stable=True)
+    return QueryLists(
+        row=row,
+        turn=listed(turn, 0),
+        start=torch.cat([before.new_zeros(1), before])[query_start.long()].int(),
+        by_row=by_row.indices.int(),
+        row_start=torch.searchsorted(
+            by_row.values, torch.arange(rows + 1, dtype=torch.int32, device=row.device)
+        ).int(),
+    )

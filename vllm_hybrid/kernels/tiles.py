@@ -1,0 +1,39 @@
+"""Pieces that the attention kernels share: gathering rows as two halves, turning them, scoring."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gather_halves(base, rows, row_stride, there, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Both halves, float32 [n, HALF_PAD] each, of the rows ``base + rows * row_stride``; zero elsewhere."""
+    channel = tl.arange(0, HALF_PAD)
+    at = base + rows.to(tl.int64)[:, None] * row_stride + channel[None, :]
+    mask = there[:, None] & (channel < HALF)[None, :]
+    return (
+        tl.load(at, mask=mask, other=0.0).to(tl.float32),
+        tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
+def turned(first, second, turn, angles, there, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Halves turned to positions ``turn`` (RoPE, half-split); no angle is read where all turns are 0."""
+    if tl.max(turn, axis=0) > 0:
+        channel = tl.arange(0, HALF_PAD)
+        at = angles + turn.to(tl.int64)[:, None] * (2 * HALF) + channel[None, :]
+        mask = there[:, None] & (channel < HALF)[None, :]
+        cos = tl.load(at, mask=mask, other=0.0)
+        sin = tl.load(at + HALF, mask=mask, other=0.0)
+        before = first
+        first = before * cos - second * sin
+        second = second * cos + before * sin
+    return first, second
+
+
+@triton.jit
+def product(a, b, DOT: tl.constexpr):
+    """float32 [n, m] product of [n, k] and [k, m], of operands rounded to the dtype DOT."""
+    return tl.dot(a.to(DOT), b.to(DOT), input_precision="ieee")
