@@ -58,7 +58,7 @@ def trace_step(on_host: Iterable[torch.Tensor] = ()) -> Iterator[StepTrace]:
 
     """
     trace = StepTrace()
-    free = {tensor.untyped_storage().data_ptr() for tensor in on_host}
+    free = HostTensors(on_host)
     with ExitStack() as stack:
         stack.enter_context(_interpreted_kernels(trace))
         stack.enter_context(_Reads(trace, free))
@@ -66,8 +66,24 @@ def trace_step(on_host: Iterable[torch.Tensor] = ()) -> Iterator[StepTrace]:
         yield trace
 
 
+class HostTensors:
+    """Tensors that lie on the host even where there is a device, and what is computed from them alone."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        # Held, so that no other tensor takes an address over.
+        self._storages = {x.untyped_storage().data_ptr(): x for x in tensors}
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._storages
+
+    def add(self, results: Any) -> None:
+        for x in tree_leaves(results):
+            if isinstance(x, torch.Tensor):
+                self._storages[x.untyped_storage().data_ptr()] = x
+
+
 class _Operations(TorchDispatchMode):
-    def __init__(self, trace: StepTrace, free: set[int]) -> None:
+    def __init__(self, trace: StepTrace, free: HostTensors) -> None:
         super().__init__()
         self.trace, self.free = trace, free
 
@@ -75,32 +91,35 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         name = str(func).rsplit(".", 1)[0]
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if all(x.untyped_storage().data_ptr() in self.free for x in tensors) and tensors:
-            return func(*args, **kwargs)
+        if tensors and all(x in self.free for x in tensors):
+            results = func(*args, **kwargs)
+            self.free.add(results)
+            return results
         self.trace.operations.append(f"{func} {_shapes((args, kwargs))}")
         if name in _WAITING_OPERATIONS or self._sizes_unknown(name, args, kwargs):
             self.trace.waits.append(name)
         if name.startswith("vllm."):
-            # vLLM's opaque operations are Python inside.
+            # vLLM's opaque operations are Python inside; called by key, they do not come back here first.
             with self:
-                return func(*args, **kwargs)
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _sizes_unknown(self, name: str, args: Any, kwargs: Any) -> bool:
         if name in _INDEXING:
-            return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+            masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
+            return any(x not in self.free for x in masks)
         return name == "aten.repeat_interleave" and kwargs.get("output_size") is None
 
 
 class _Reads(TorchFunctionMode):
-    def __init__(self, trace: StepTrace, free: set[int]) -> None:
+    def __init__(self, trace: StepTrace, free: HostTensors) -> None:
         super().__init__()
         self.trace, self.free = trace, free
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _READING_METHODS and isinstance(args[0], torch.Tensor):
-            if args[0].untyped_storage().data_ptr() in self.free:
+            if args[0] in self.free:
                 with _disable_current_modes():
                     return func(*args, **(kwargs or {}))
             self.trace.waits.append(f"Tensor.{name}")
@@ -125,7 +144,12 @@ def _interpreted_kernels(trace: StepTrace) -> Iterator[None]:
 
 
 def _shapes(arguments: Any) -> str:
-    return " ".join(
-        f"{x.dtype}{tuple(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)
-        for x in tree_leaves(arguments)
-    )
+    return " ".join(_written(x) for x in tree_leaves(arguments))
+
+
+def _written(x: Any) -> str:
+    if isinstance(x, torch.Tensor):
+        return f"{x.dtype}{tuple(x.shape)}"
+    plain = isinstance(x, (bool, int, float, str, torch.dtype, torch.device, type(None)))
+    # Where another object lies says nothing about the operation.
+    return repr(x) if plain else type(x).__name__

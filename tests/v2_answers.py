@@ -80,7 +80,9 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
         hf_overrides={"hybrid": work["hybrid"]},
         enforce_eager=True,
         dtype="float32",
-        max_model_len=2048,
+        max_model_len=1400,
+        # Not all requests fit into the first step, so that a later one prefills next to a decode.
+        max_num_batched_tokens=1500,
         kv_cache_memory_bytes=1 << 26,
         limit_mm_per_prompt={"image": 3},
     )
