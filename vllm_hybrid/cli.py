@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import __version__
+from .evaluation.command import evaluate
+from .progress import progress as _progress
 
 app = typer.Typer(
     help="Prepare LLaVA-1.5 checkpoints for vLLM with merged and pruned image tokens.",
@@ -138,40 +137,27 @@ def calibrate(
         print(f"{out}: {len(found)} thresholds for {tokens} tokens on average")
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error that appears with the first report; warnings become lines below it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+@app.command()
+def show(
+    checkpoint: Checkpoint,
+    image: Annotated[Path, typer.Argument(help="Picture file.", show_default=False)],
+    question: Annotated[str, typer.Option(help="What to ask about it.")] = "What is in this picture?",
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("show.png"),
+    level: Annotated[str | None, typer.Option(help="Thresholds to use, where there are several.")] = None,
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    dtype: Annotated[str, typer.Option(help="Number format, as for vllm serve.")] = "auto",
+) -> None:
+    """Draw what is merged and dropped of a picture for a question, with both models' answers."""
+    from .calibrating import load_rgb
+    from .showing import show as draw_sheet
 
-    columns: list[Any] = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    ]
-    console = Console(stderr=True)
-    tasks: dict[str, Any] = {}
-    bar = Progress(*columns, console=console)
-    with warnings.catch_warnings(record=True) as raised:
-        warnings.simplefilter("always", UserWarning)
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"{out.absolute().parent} is no folder; make it, or give another --out")
+    draw_sheet(checkpoint, load_rgb(image), question, level, tokens, dtype).save(out, "PNG")
+    print(f"{out}: the picture, its live tokens, those kept for the question, and both answers")
 
-        def report(stage: str, done: int, total: int) -> None:
-            bar.start()
-            name = stage.partition(",")[0]
-            if name not in tasks or bar.tasks[tasks[name]].finished:
-                tasks[name] = bar.add_task(name, total=total)
-            bar.update(tasks[name], completed=done, total=total)
 
-        try:
-            yield report
-        finally:
-            # Stopping a bar that never started would print an empty line.
-            if tasks:
-                bar.stop()
-    for warning in raised:
-        if warning.category is UserWarning:
-            console.print(f"vllm-hybrid: warning: {warning.message}", style=None, highlight=False)
+app.command("eval")(evaluate)
 
 
 def _one_line(error: BaseException) -> str:

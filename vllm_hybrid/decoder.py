@@ -176,6 +176,8 @@ class HybridLlamaModel(nn.Module):
         self._stacks = tuple(stacks)
         self._first_layers = [self.layers[0], *([self.layers[split]] if len(stacks) > 1 else [])]
         self._pages = [TierPages(patches) for _ in stacks]
+        # Called with the images, lower and upper rows of every step that has images; see ``show``.
+        self.watcher: Callable[[StepImages, RowPlan, RowPlan], None] | None = None
         self._max_positions = vllm_config.model_config.max_model_len
         self._angles: torch.Tensor | None = None
 
@@ -246,21 +248,21 @@ class HybridLlamaModel(nn.Module):
         self, step: Step, metadata: list[HybridMetadata], hidden_states: torch.Tensor
     ) -> torch.Tensor:
         padded = hidden_states.shape[0]
-        plan = step.lower_plan()
+        plan = live = step.lower_plan()
         batch = step.tier_batch(plan, metadata[0], self._pages[0], self.implementation)
         if step.images is not None or padded != plan.rows.shape[0]:
             hidden_states = hidden_states[plan.rows]
         hidden_states, residual = self._stacks[0](_rope_positions(plan, step), hidden_states)
         if len(self._stacks) > 1:
-            lower, plan = (
-                plan,
-                step.upper_plan(plan, batch, self.hybrid.fastv_ratio, self.config.num_attention_heads),
-            )
+            heads = self.config.num_attention_heads
+            plan = step.upper_plan(live, batch, self.hybrid.fastv_ratio, heads)
             step.tier_batch(plan, metadata[1], self._pages[1], self.implementation)
-            if plan is not lower:
-                kept = torch.searchsorted(lower.rows, plan.rows)
+            if plan is not live:
+                kept = torch.searchsorted(live.rows, plan.rows)
                 hidden_states, residual = hidden_states[kept], residual[kept]
             hidden_states, residual = self._stacks[1](_rope_positions(plan, step), hidden_states, residual)
+        if self.watcher is not None and step.images is not None:
+            self.watcher(step.images, live, plan)
         hidden_states = self.norm(hidden_states, residual)[0]
         if step.images is None and padded == plan.rows.shape[0]:
             return hidden_states

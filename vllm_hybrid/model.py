@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from vllm.sequence import IntermediateTensors
 
 from .config import HybridConfig
 from .decoder import HybridLlamaForCausalLM
-from .planning import StepImages
+from .planning import RowPlan, StepImages
 from .settings import hybrid_config, num_patches
 from .vision import encode_merged
 
@@ -140,6 +140,11 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
             read = (owner.amax(dim=1) + 1).tolist()
             self._counts |= {e.data_ptr(): n for e, n in zip(unknown, read, strict=True)}
         return [self._counts[e.data_ptr()] for e in embeddings]
+
+    def watch_choices(self, watcher: Callable[[StepImages, RowPlan, RowPlan], None]) -> None:
+        """Have every step with images shown to a watcher: its images, its live rows, its kept rows."""
+        if self.hybrid.active:
+            self.language_model.model.watcher = watcher
 
     def embed_input_ids(
         self,
