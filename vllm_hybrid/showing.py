@@ -133,7 +133,7 @@ def _ask(
         llm.apply_model(lambda model: model.watch_choices(lambda *step: seen.append(_choice(*step))))
     message = [{"type": "image_pil", "image_pil": picture}, {"type": "text", "text": question}]
     params = SamplingParams(temperature=0, max_tokens=tokens)
-    outputs = llm.chat([{"role": "user", "content": message}], params, use_tqdm=False)  # type: ignore[list-item]
+    outputs = llm.chat([{"role": "user", "content": message}], params, use_tqdm=False)
     answer = outputs[0].outputs[0].text.strip()
     return Seen(answer, *seen[0]) if seen else Seen(answer)
 
