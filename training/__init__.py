@@ -1,0 +1,1 @@
+"""Training of the small LLaVA that ships with the package, from scratch, on pictures drawn on the fly."""
