@@ -1,4 +1,4 @@
-"""A lesson is one stage of the curriculum: what a batch is, what its loss is, how long and how fast it goes."""
+"""A lesson is one stage of the curriculum: its batches, its loss, how long and how fast it goes."""
 
 from __future__ import annotations
 

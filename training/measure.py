@@ -1,4 +1,4 @@
-"""Exact answers by task of a checkpoint, through transformers alone: python -m training.measure CHECKPOINT."""
+"""Exact answers by task, through transformers alone: python -m training.measure CHECKPOINT."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
 def new_model(seed: int) -> Any:
-    """The untrained model in float32; its tower starts with smooth filters and looks at near patches first."""
+    """The untrained model in float32, its tower set by :mod:`training.tower_start`."""
     torch.manual_seed(seed)
     settings = {name: value for name, value in config(None).items() if name != "hybrid"}
     model = LlavaForConditionalGeneration(LlavaConfig(**settings)).float()
@@ -30,7 +30,7 @@ def new_model(seed: int) -> Any:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Bytes [batch, side, side, 3] as the processor gives them to the tower, float32 [batch, 3, side, side]."""
+    """Bytes [batch, side, side, 3] as the processor gives them on, float32 [batch, 3, side, side]."""
     return ((pixels / 255 - _MEAN) / _DEVIATION).permute(0, 3, 1, 2)
 
 

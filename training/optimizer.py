@@ -19,7 +19,8 @@ class Optimizer:
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], team: Team) -> None:
         """Take the parameters to train; the matrices of layers and projector go to Muon."""
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in named:
             hidden = parameter.ndim == 2 and (".layers." in name or "projector" in name)
             (matrices if hidden else others).append(parameter)

@@ -68,7 +68,7 @@ class Prompts:
 
         Returns:
             ids, positions (after the picture), blocks (number, -1 where there is none), targets (the next
-            token where it is the answer's, else -100) and tasks (its task's number), int64 [pictures, length].
+            token where it is the answer's, else -100), tasks (number), int64 [pictures, length].
 
         """
         shape = (len(questions), length)

@@ -147,7 +147,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> Question | None:
         Description(kind=family(thing)),
     ]
     of = _pick(rng, [each for each in options if _only(scene, each)])
-    return of and Question("place", f"Where is the {of}?", thing.place)
+    return None if of is None else Question("place", f"Where is the {of}?", thing.place)
 
 
 def _glyph(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -171,7 +171,7 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Question | None:
     there = bool(rng.random() < 0.5)
     for _ in range(30):
         colour, kind = str(rng.choice(list(COLOURS))), str(rng.choice(_some_kind(rng)))
-        # Half of what is absent is made of what is present: a red circle beside a blue star is no blue circle.
+        # Half of what is absent is made of what is present: a red circle and a blue star, no blue circle.
         if rng.random() < 0.5 or there:
             thing, other = _thing(scene, rng), _thing(scene, rng)
             assert thing is not None and other is not None

@@ -1,4 +1,4 @@
-"""Train from scratch, stage after stage, and go on from where it ended: python -m training.run --state DIR."""
+"""Train from scratch, stage after stage, resuming where it ended: python -m training.run --state DIR."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def start_tower(tower: Any) -> None:
 
 
 def _cosine_filters() -> Tensor:
-    """Filters [content, 3, patch, patch]: slow cosine waves of brightness and fewer of two opponent colours."""
+    """Filters [content, 3, patch, patch]: slow cosine waves, half of brightness, half of opponent colours."""
     along = (torch.arange(PATCH_SIZE) + 0.5) / PATCH_SIZE
     waves = torch.stack([torch.cos(math.pi * n * along) for n in range(8)])
     waves = waves / waves.norm(dim=1, keepdim=True)
