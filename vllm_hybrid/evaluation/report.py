@@ -1,0 +1,118 @@
+"""What an evaluation found, for readers and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .predictions import Prediction
+from .scoring import score
+from .tsv import Data, Row
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model and its answers.
+
+    Attributes:
+        name: the model's, for readers.
+        answered: its answers by index.
+        failed: what went wrong with rows that have none.
+        settings: what the answers depend on.
+
+    """
+
+    name: str
+    answered: Mapping[str, Prediction]
+    failed: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_report(
+    data: Data, rows: Sequence[Row], sides: Sequence[Side], metrics: Sequence[str]
+) -> dict[str, Any]:
+    """Score one model, or compare two, on the rows that all of them answered.
+
+    Args:
+        data: what was asked.
+        rows: those that were to be answered.
+        sides: one or two.
+        metrics: see `scoring.METRICS`.
+
+    Returns:
+        Plain values, for JSON.
+
+    Raises:
+        ValueError: there is no such row.
+
+    """
+    common = [row for row in rows if all(row.index in side.answered for side in sides)]
+    if not common:
+        raise ValueError(f"none of the {len(rows)} rows got an answer{_first_failure(sides)}")
+    references = [row.references for row in common]
+    answers = [[side.answered[row.index] for row in common] for side in sides]
+    report: dict[str, Any] = {
+        "data": str(data.file),
+        "rows": len(rows),
+        "scored": len(common),
+        "models": [
+            {
+                "name": side.name,
+                "scores": score(metrics, [one.prediction for one in given], references),
+                "cut": sum(one.finish_reason == "length" for one in given),
+                "failed": dict(side.failed),
+                "settings": dict(side.settings),
+            }
+            for side, given in zip(sides, answers, strict=True)
+        ],
+    }
+    if len(sides) == 2:
+        first, second = (model["scores"] for model in report["models"])
+        report["difference"] = {name: second[name] - first[name] for name in first}
+        same = sum(a.prediction == b.prediction for a, b in zip(*answers, strict=True))
+        report["same_answers"] = 100 * same / len(common)
+    return report
+
+
+def as_table(report: Mapping[str, Any]) -> str:
+    """The scores as lines: a row for each score, a column for each model."""
+    models = report["models"]
+    lines = [["", *(model["name"] for model in models)]]
+    for name in models[0]["scores"]:
+        lines.append([name, *(f"{model['scores'][name]:.2f}" for model in models)])
+    if "difference" in report:
+        lines[0].append("difference")
+        for line in lines[1:]:
+            line.append(f"{report['difference'][line[0]]:+.2f}")
+        lines.append(["same answers", "", f"{report['same_answers']:.1f}%", ""])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(_aligned(line, widths) for line in lines)
+
+
+def notes(report: Mapping[str, Any], max_tokens: int) -> list[str]:
+    """What a reader of the scores must know: rows that are missing, answers that were cut."""
+    found = [f"{report['scored']} of {report['rows']} rows of {report['data']} are scored"]
+    for model in report["models"]:
+        if model["failed"]:
+            index, reason = next(iter(model["failed"].items()))
+            found.append(
+                f"{len(model['failed'])} rows got no answer from {model['name']} (row {index}: {reason}); "
+                "run again to ask them again"
+            )
+        if model["cut"]:
+            found.append(f"{model['cut']} answers of {model['name']} were cut at {max_tokens} tokens")
+    return found
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [
+        line[0].ljust(widths[0]),
+        *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+    ]
+    return "  ".join(cells).rstrip()
+
+
+def _first_failure(sides: Sequence[Side]) -> str:
+    reasons = [f"; row {index}: {reason}" for side in sides for index, reason in side.failed.items()]
+    return reasons[0] if reasons else ""
