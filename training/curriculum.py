@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 
 from .dense_loss import DenseHeads
+from .language_stage import Asking, LanguageLesson
 from .lessons import Lesson, Pace
 from .network import new_model
+from .prompts import Prompts
 from .tower_stage import TowerLesson
 
 
@@ -32,10 +34,17 @@ class Student:
             module.load_state_dict(state[name])
 
 
-def curriculum(student: Student) -> list[Lesson]:
-    """All stages in order."""
+def curriculum(student: Student, prompts: Prompts) -> list[Lesson]:
+    """All stages in order: what patches show, what is asked about it, both together.
+
+    The decoder learns mostly on averages of 2 x 2 patches, a quarter of the work, and last on all patches.
+    """
     model, heads = student.model, student.heads
+    few = Asking(questions=24, tokens=224, pooled=1.0)
+    both = Asking(questions=24, tokens=256, pooled=0.3)
     return [
-        TowerLesson("small pictures", model, heads, Pace(2000, 4e-3, 16, decay=0.2), side=168),
-        TowerLesson("whole pictures", model, heads, Pace(1500, 1.5e-3, 4, decay=0.4), side=336),
+        TowerLesson("small pictures", model, heads, Pace(800, 4e-3, 16), side=168),
+        TowerLesson("whole pictures", model, heads, Pace(600, 3e-3, 4, decay=0.5), side=336),
+        LanguageLesson("questions", model, prompts, Pace(1000, 3e-3, 8, decay=0.2), few),
+        LanguageLesson("all together", model, prompts, Pace(600, 2e-3, 4, decay=0.8), both, heads),
     ]

@@ -15,6 +15,7 @@ from .batches import batches
 from .curriculum import Student, curriculum
 from .lessons import Lesson
 from .optimizer import Optimizer, rate_at
+from .prompts import Prompts
 from .state import StateFolder
 from .team import Team, run_team
 from .tower_stage import TRAIN
@@ -27,8 +28,8 @@ _LONGEST_STEP = 10.0
 class Run:
     """One process's part of a training run, from the state that was saved last."""
 
-    def __init__(self, folder: StateFolder, team: Team, seed: int, minutes: float) -> None:
-        self._folder, self._team = folder, team
+    def __init__(self, folder: StateFolder, prompts: Prompts, team: Team, seed: int, minutes: float) -> None:
+        self._folder, self._prompts, self._team = folder, prompts, team
         self._budget = minutes * 60
         self._spent = 0.0
         self._ending = False
@@ -45,7 +46,7 @@ class Run:
 
     def finish(self) -> bool:
         """Go through the stages that are left; returns whether all are done."""
-        lessons = curriculum(self._student)
+        lessons = curriculum(self._student, self._prompts)
         while self._state["stage"] < len(lessons):
             if not self._teach(lessons[self._state["stage"]]):
                 return False
@@ -138,10 +139,13 @@ def train(state: Path, minutes: float, processes: int, seed: int) -> bool:
     """Train for so many minutes of work or to the end; returns whether the end is reached."""
     folder = StateFolder(state)
     (state / "pid").write_text(f"{os.getpid()}\n")
+    # The tokenizer's own threads do not survive the forks that follow.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    prompts = Prompts(state / "tokenizer")
     ended = []
 
     def work(team: Team) -> None:
-        run = Run(folder, team, seed, minutes)
+        run = Run(folder, prompts, team, seed, minutes)
         ended.append(run.finish())
 
     run_team(processes, work)
