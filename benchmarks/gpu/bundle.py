@@ -3,10 +3,11 @@
     python benchmarks/gpu/bundle.py OUT
 
 fills OUT with parts of one archive, `manifest.json` with their sha256, and `install.py`, which is what runs
-on that host. The host is one Linux machine (x86-64) with Python 3.12, PyTorch and transformers, and an
-NVIDIA driver. vLLM comes from its CUDA wheel without the binaries that LLaVA in bf16 can do without
-(FlashAttention, MoE and the other model families' kernels: 0.6 of 0.8 GB), so attention runs in Triton.
-Downloads stay in OUT/downloads: a second run asks the network for nothing but the resolution.
+on that host: it installs the wheels, checks, and starts the benchmark. The host is one Linux machine (x86-64)
+with Python 3.12, PyTorch and transformers, and an NVIDIA driver. vLLM comes from its CUDA wheel without the
+binaries that LLaVA in bf16 can do without (FlashAttention, MoE and the other model families' kernels: 0.6 of
+0.8 GB), so attention runs in Triton. Downloads stay in OUT/downloads: a second run asks the network for
+nothing but the resolution.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Iterable
 from email import message_from_string
@@ -81,6 +83,8 @@ NOT_NEEDED = {
 }
 # The only compiled file of vLLM's wheel that is carried unless --binary names more.
 BINARIES = ("vllm/_C_stable_libtorch.abi3.so",)
+# Python sources of the repository that run on the host without being part of the package.
+SOURCES = ("benchmarks", "tests")
 # Sources and tables of kernels that are compiled elsewhere.
 _DROPPED_SUFFIXES = (".so", ".hpp", ".h", ".cuh", ".cu", ".inl", ".cpp", ".jpg")
 _DROPPED_FILES = ("vllm/vllm-rs",)
@@ -186,6 +190,20 @@ def download_wheels(resolved: list[dict[str, Any]], downloads: Path) -> list[Pat
     return files
 
 
+def project_requirements() -> list[str]:
+    """What this project itself depends on."""
+    return tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["dependencies"]
+
+
+def copy_sources(folder: Path) -> None:
+    """The benchmark and the tests' reference, which the check answers to, as they lie in the repository."""
+    for package in SOURCES:
+        for file in sorted((REPO / package).rglob("*.py")):
+            target = folder / file.relative_to(REPO)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+
 def build_project(folder: Path) -> Path:
     """This project's wheel, built with the tools of this environment."""
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(REPO))
@@ -265,7 +283,7 @@ def pack(folder: Path, out: Path, part_bytes: int) -> list[dict[str, Any]]:
                 if file.is_file():
                     archive.add(file, str(file.relative_to(folder)))
         whole.seek(0)
-        parts = []
+        parts: list[dict[str, Any]] = []
         while content := whole.read(part_bytes):
             name = f"bundle.tar.xz.{len(parts):02d}"
             (out / name).write_bytes(content)
@@ -291,7 +309,7 @@ def main() -> None:
     with zipfile.ZipFile(vllm) as archive:
         metadata = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         needed = needed_of(archive.read(metadata).decode())
-    resolved = resolve([*needed, *HOST_PINS])
+    resolved = resolve([*needed, *project_requirements(), *HOST_PINS])
     wheels = download_wheels(resolved, downloads)
     with tempfile.TemporaryDirectory(dir=args.out) as scratch:
         folder = Path(scratch)
@@ -302,6 +320,7 @@ def main() -> None:
         project = build_project(folder)
         rewrite_wheel(project, folder / "wheels" / project.name)
         project.unlink()
+        copy_sources(folder / "source")
         names = sorted(file.name for file in (folder / "wheels").iterdir())
         parts = pack(folder, args.out, args.part_mib * MIB)
     manifest = {

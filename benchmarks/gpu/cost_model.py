@@ -1,6 +1,6 @@
 """A written cost model of one H100 serving LLaVA-1.5-7B: what stock vLLM and vllm-hybrid should take.
 
-    python benchmarks/gpu/cost_model.py [--json FILE]
+    python -m benchmarks.gpu.cost_model [--all] [--json FILE] [--set NAME=NUMBER]
 
 Nothing here is measured. Operations and bytes are counted exactly where the configuration decides them (tests
 hold the counts to torch's own and the KV blocks to the scheduler's); how much of the machine's peak a part
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,8 @@ TEXT_TOKENS = 60
 TEXT_BEFORE = 5
 REQUESTS = 64
 STEP_TOKENS = 16384
+# KV memory that bench.py gives both.
+POOL_BYTES = 24 << 30
 LOADS = {"prefill": 1, "mixed": 32, "decode": 256}
 LIVE_TOKENS = (90, 195, 394)
 RATIOS = (0.0, 0.5, 0.75)
@@ -46,6 +49,7 @@ class Gpu:
         attention_share: assumed share of the peak that Triton prefill attention reaches, in stock and hybrid.
         tower_attention_share: assumed share that the tower's attention (577 tokens, head size 64) reaches.
         bandwidth_share: assumed share of the bandwidth that weights and KV are read with.
+        cache_bandwidth: assumed bytes per second that multiprocessors get from the L2 cache.
         launch: assumed seconds the host takes to launch one kernel outside of a CUDA graph.
         stock_layer_launches: assumed launches per decoder layer of a prefill step, stock.
         hybrid_layer_launches: the same of the hybrid: virtual queries and the mean add a few.
@@ -63,6 +67,7 @@ class Gpu:
     attention_share: float = 0.30
     tower_attention_share: float = 0.30
     bandwidth_share: float = 0.80
+    cache_bandwidth: float = 5.5e12
     launch: float = 5e-6
     stock_layer_launches: int = 9
     hybrid_layer_launches: int = 12
@@ -190,6 +195,40 @@ def causal_pairs(queries: float, keys: float) -> float:
     return queries * keys - queries * (queries - 1) / 2
 
 
+# Bytes that blocks of threads ask of the caches, per layer and request. A block of a prefill reads every key
+# it sees for one tile of queries; the hybrid reads a float32 row of angles beside each key it turns. What the
+# caches of the multiprocessors hold already is not taken off.
+
+STOCK_QUERY_TILE = 16  # vLLM's Triton attention, one query head per key head
+HYBRID_QUERY_TILE = 64
+ANGLE_BYTES = 4
+
+
+def key_bytes(shape: Shape, keys: float, turned: float) -> float:
+    """Bytes of keys, their values and, for those that are turned, angles: of one key head."""
+    return shape.head_size * (2 * shape.number_bytes * keys + ANGLE_BYTES * turned)
+
+
+def asked_by_prefill(shape: Shape, positions: float, turned_share: float, tile: int) -> float:
+    """Bytes asked of the caches by a prompt's attention.
+
+    Args:
+        shape: the model.
+        positions: virtual positions of the prompt.
+        turned_share: share of the keys that are turned; 0 in stock.
+        tile: queries that a block answers at once.
+
+    """
+    tiles = positions / tile
+    seen = tile * tiles * (tiles + 1) / 2
+    return shape.heads * key_bytes(shape, seen, turned_share * seen)
+
+
+def asked_by_decode(shape: Shape, positions: float, turned: float) -> float:
+    """Bytes asked of the caches by one query: every virtual key once, ``turned`` of them with angles."""
+    return shape.kv_heads * key_bytes(shape, positions, turned)
+
+
 # KV memory: exactly the blocks that vLLM's managers hold once the step after the prefill has run.
 
 
@@ -292,11 +331,20 @@ def decoder_time(shape: Shape, reduction: Reduction, work: Work, gpu: Gpu) -> fl
             weights / (gpu.bandwidth * gpu.bandwidth_share),
         )
         virtual = text + image_positions
-        pairs = work.prefills * causal_pairs(virtual, virtual)
-        prefill = attention_flops(shape, pairs) / (gpu.flops * gpu.attention_share)
-        # A decode reads every stored row once, however many positions it stands at.
+        turned = image_positions if reduction.active else 0.0
+        pairs = causal_pairs(virtual, virtual)
+        tile = HYBRID_QUERY_TILE if reduction.active else STOCK_QUERY_TILE
+        asked = asked_by_prefill(shape, virtual, turned / max(virtual, 1), tile)
+        prefill = work.prefills * max(
+            attention_flops(shape, pairs) / (gpu.flops * gpu.attention_share), asked / gpu.cache_bandwidth
+        )
+        # A decode reads every stored row once from memory, however many positions it stands at.
         stored = sum(length - shape.patches + image_rows for length in work.decodes)
-        read = stored * shape.token_kv_bytes / (gpu.bandwidth * gpu.bandwidth_share)
+        keys = sum(length - shape.patches + image_positions for length in work.decodes)
+        read = max(
+            stored * shape.token_kv_bytes / (gpu.bandwidth * gpu.bandwidth_share),
+            asked_by_decode(shape, keys, turned * len(work.decodes)) / gpu.cache_bandwidth,
+        )
         total += layers * (linear + prefill + read)
     sampled = work.prefills + len(work.decodes)
     head = shape.width * shape.vocabulary * shape.number_bytes / (gpu.bandwidth * gpu.bandwidth_share)
@@ -393,8 +441,8 @@ def table(cells: list[dict[str, Any]]) -> str:
 
     lines = [
         "| load | live | R | requests/s | stock | ratio | TTFT, ms | stock | TPOT, ms | stock | "
-        "KV a request, MB | stock | less |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"KV a request, MB | stock | less | fit in {POOL_BYTES >> 30} GiB | stock |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         ours, stock = cell["hybrid"], cell["stock"]
@@ -402,7 +450,48 @@ def table(cells: list[dict[str, Any]]) -> str:
             f"| {cell['load']} | {cell['live']} | {cell['ratio']:g} | {ours['requests_per_s']:.1f} | "
             f"{stock['requests_per_s']:.1f} | {cell['speedup']:.2f} | {ms(ours['first_token_s'])} | "
             f"{ms(stock['first_token_s'])} | {ms(ours['per_token_s'])} | {ms(stock['per_token_s'])} | "
-            f"{ours['kv_bytes'] / 1e6:.1f} | {stock['kv_bytes'] / 1e6:.1f} | {cell['kv_less']:.2f}x |"
+            f"{ours['kv_bytes'] / 1e6:.1f} | {stock['kv_bytes'] / 1e6:.1f} | {cell['kv_less']:.2f}x | "
+            f"{POOL_BYTES // ours['kv_bytes']} | {POOL_BYTES // stock['kv_bytes']} |"
+        )
+    return "\n".join(lines)
+
+
+def assumptions(gpu: Gpu) -> str:
+    """Markdown: every number of :class:`Gpu`, with what it stands for."""
+    said = dict(re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n\n)", Gpu.__doc__ or "", re.S | re.M))
+    lines = ["| name | value | |", "|---|--:|---|"]
+    for name, value in asdict(gpu).items():
+        lines.append(f"| {name} | {value:g} | {' '.join(said[name].split()).rstrip('.')} |")
+    return "\n".join(lines)
+
+
+# The reduction that the targets are stated for.
+TARGET = Reduction(90, 0.5)
+
+
+def sensitivity(shape: Shape, gpu: Gpu, requests: int = REQUESTS) -> str:
+    """Markdown: requests/s over stock's at the target reduction, each assumption halved and doubled."""
+
+    def ratios(assumed: Gpu) -> list[float]:
+        return [
+            serve(shape, TARGET, tokens, assumed, requests).requests_per_s
+            / serve(shape, Reduction(), tokens, assumed, requests).requests_per_s
+            for tokens in LOADS.values()
+        ]
+
+    lines = [f"| assumption | {' | '.join(f'{load}: half, twice' for load in LOADS)} |"]
+    lines.append("|---|" + "---|" * len(LOADS))
+    lines.append(f"| as above | {' | '.join(f'{ratio:.2f}' for ratio in ratios(gpu))} |")
+    for name, value in asdict(gpu).items():
+        if name in ("flops", "bandwidth"):
+            continue
+        # A share of a peak ends at 1.
+        twice = min(1.0, value * 2) if name.endswith("share") else value * 2
+        half, double = (
+            ratios(replace(gpu, **{name: type(value)(changed)})) for changed in (value / 2, twice)
+        )
+        lines.append(
+            f"| {name} | {' | '.join(f'{a:.2f}, {b:.2f}' for a, b in zip(half, double, strict=True))} |"
         )
     return "\n".join(lines)
 
@@ -419,16 +508,20 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=NUMBER", help="another assumption"
     )
+    parser.add_argument("--all", action="store_true", help="print the assumptions and what each decides, too")
     args = parser.parse_args()
     gpu = Gpu()
     for item in args.set:
         name, _, value = item.partition("=")
         if name not in asdict(gpu):
             parser.error(f"{name} is no assumption; use one of {', '.join(asdict(gpu))}")
-        gpu = replace(gpu, **{name: float(value)})
+        kind = type(getattr(gpu, name))
+        gpu = replace(gpu, **{name: kind(value)})
     cells = predict(Shape(), gpu, requests=args.requests)
     print(f"{HEADING}: one H100, LLaVA-1.5-7B, bf16, {args.requests} requests at once\n")
     print(table(cells))
+    if args.all:
+        print(f"\n{assumptions(gpu)}\n\n{sensitivity(Shape(), gpu, args.requests)}")
     if args.json:
         content = {
             "heading": HEADING,

@@ -7,13 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def load_tower(model: Any) -> int:
-    """Replace the dummy tower by the benchmark's, the same in stock and hybrid; returns weights loaded."""
-    from benchmarks.gpu.model import seeded_tower, tower_weights
-
-    return len(model.load_weights(tower_weights(seeded_tower(model.config.vision_config))))
-
-
 def watch_counts(model: Any) -> None:
     """Keep every live count that the model reports to the scheduler."""
     report = model.live_counts

@@ -1,6 +1,6 @@
 """Install the offline bundle on a GPU host, with nothing but Python 3.12 and its pip.
 
-    python install.py PARTS TARGET
+    python install.py PARTS TARGET [--run OUT]
 
 joins the parts that lie in the folder PARTS (beside `manifest.json`), checks them, and installs every wheel
 into the folder TARGET, which goes in front of the host's own packages:
@@ -8,7 +8,10 @@ into the folder TARGET, which goes in front of the host's own packages:
     export PYTHONPATH=TARGET
 
 Then it imports what the benchmark imports and says in one sentence each what is missing or of another
-version than the bundle was resolved for. The exit status is 0 when everything imports.
+version than the bundle was resolved for. With --run it goes on to check and time the kernels (into
+OUT/kernels.json) and the servers (into OUT/results.json); the scripts lie in TARGET/source, to be started by
+hand too. What was measured is not measured again: `--check-only --run OUT` goes on with a run that was cut
+off. The exit status is 0 when everything imports and nothing failed.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,7 +76,7 @@ def join(folder: Path, manifest: dict[str, Any]) -> bytes:
 
 
 def install(archive: bytes, target: Path) -> None:
-    """Unpack the wheels beside the target and install them into it, replacing an earlier installation."""
+    """Unpack beside the target; put wheels, and the sources as `source`, into it in place of earlier ones."""
     unpacked = target.with_name(target.name + ".wheels")
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:xz") as tar:
         tar.extractall(unpacked, filter="data")
@@ -79,10 +84,40 @@ def install(archive: bytes, target: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index"]
     command += ["--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target", str(target), *wheels]
     subprocess.run(command, check=True)
-    for wheel in wheels:
-        Path(wheel).unlink()
-    (unpacked / "wheels").rmdir()
-    unpacked.rmdir()
+    shutil.rmtree(target / "source", ignore_errors=True)
+    shutil.move(unpacked / "source", target / "source")
+    shutil.rmtree(unpacked)
+
+
+def environment(target: Path) -> dict[str, str]:
+    """This process's environment with the target in front of the host's packages."""
+    path = os.pathsep.join(filter(None, [str(target.resolve()), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def commands(target: Path, out: Path, budget: float) -> list[list[str]]:
+    """Kernels, then servers: each checks before it times, prints a table and writes JSON."""
+    scripts = target / "source" / "benchmarks" / "gpu"
+    return [
+        [sys.executable, str(scripts / "kernels.py"), "--out", str(out / "kernels.json")],
+        [
+            *(sys.executable, str(scripts / "bench.py"), "--out", str(out / "results.json")),
+            *("--budget", f"{budget:g}"),
+        ],
+    ]
+
+
+def measure(target: Path, out: Path, budget: float) -> bool:
+    """Run the benchmark; returns whether all of it succeeded."""
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    kernels, servers = commands(target.resolve(), out.resolve(), budget)
+    done = out / "kernels.json"
+    fine = done.exists() and bool(json.loads(done.read_text()).get("complete"))
+    if not fine:
+        fine = subprocess.run(kernels, env=environment(target), check=False).returncode == 0
+    servers[-1] = f"{budget - (time.monotonic() - began):g}"
+    return subprocess.run(servers, env=environment(target), check=False).returncode == 0 and fine
 
 
 def differences(manifest: dict[str, Any]) -> list[str]:
@@ -102,13 +137,15 @@ def differences(manifest: dict[str, Any]) -> list[str]:
 def missing(target: Path, modules: tuple[str, ...] = MODULES) -> list[str]:
     """Modules that cannot be imported with the target in front, a sentence each."""
     found = []
-    path = os.pathsep.join(filter(None, [str(target), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     code = "import importlib,sys\nfor m in sys.argv[1:]:\n importlib.import_module(m); print(m, flush=True)"
     left = list(modules)
     while left:
         done = subprocess.run(
-            [sys.executable, "-c", code, *left], capture_output=True, text=True, env=environment, check=False
+            [sys.executable, "-c", code, *left],
+            capture_output=True,
+            text=True,
+            env=environment(target),
+            check=False,
         )
         imported = [line for line in done.stdout.split() if line in left]
         if done.returncode == 0:
@@ -127,6 +164,8 @@ def main() -> int:
     parser.add_argument("parts", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--check-only", action="store_true", help="do not install, only check")
+    parser.add_argument("--run", type=Path, metavar="OUT", help="then run the benchmark, results in OUT")
+    parser.add_argument("--budget", type=float, default=3000, help="seconds after which nothing is begun")
     args = parser.parse_args()
     if sys.version_info[:2] != (3, 12):
         print(f"this is Python {sys.version.split()[0]}; the bundle's wheels are for 3.12, use that")
@@ -147,7 +186,9 @@ def main() -> int:
         print(sentence)
     print(f"vllm {version('vllm')} and vllm-hybrid {version('vllm-hybrid')} are in {args.target}")
     print(f"export PYTHONPATH={args.target}")
-    return 1 if failed else 0
+    if failed:
+        return 1
+    return 0 if args.run is None or measure(args.target, args.run, args.budget) else 1
 
 
 if __name__ == "__main__":

@@ -26,9 +26,12 @@ GIB = 1 << 30
 
 def engine_options(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Arguments of vLLM's ``LLM``: the same for stock and hybrid but for the architecture and its section."""
+    from benchmarks.gpu.loading import LOAD_FORMAT, WORKER_EXTENSION
+
     options: dict[str, Any] = {
         "model": str(folder),
-        "load_format": "dummy",
+        "load_format": LOAD_FORMAT,
+        "worker_extension_cls": WORKER_EXTENSION,
         "dtype": "bfloat16",
         "max_model_len": plan["max_model_len"],
         "max_num_batched_tokens": plan["step_tokens"],
@@ -166,7 +169,6 @@ def main() -> None:
 
     began = time.perf_counter()
     llm = LLM(**engine_options(args.folder, plan))
-    llm.apply_model(in_worker.load_tower)
     reduces = plan["kind"] == "hybrid"
     if reduces:
         llm.apply_model(in_worker.watch_counts)
