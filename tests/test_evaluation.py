@@ -159,14 +159,6 @@ def test_rows_have_pictures_references_and_questions(tmp_path: Path) -> None:
     assert urls == [[jpeg], [jpeg], [jpeg, png]]
 
 
-def test_pandas_reads_the_same(captions: Path) -> None:
-    pandas = pytest.importorskip("pandas")
-    table = pandas.read_csv(captions, sep="\t")
-    data = read_data(captions)
-    assert [str(index) for index in table["index"]] == [row.index for row in data.rows]
-    assert [eval(text) for text in table["answer"]] == [row.references for row in data.rows]
-
-
 def test_pictures_may_be_files(tmp_path: Path) -> None:
     rows = [{"index": str(n), "image_path": f"{n}.png", "answer": "a"} for n in range(3)]
     data = read_data(write_tsv(tmp_path / "Toy.tsv", rows))
