@@ -95,9 +95,16 @@ def test_the_host_waits_once_per_step_with_images_and_never_in_a_decode(interpre
     assert decodes and encodes
     for step in decodes:
         assert step["images"] == 0
-        assert step["waits"] == [] and step["waits_embedding"] == []
+        assert step["waits"] == step["waits_embedding"] == step["waits_encoding"] == []
     for step in encodes:
         assert step["waits"] == [] and step["waits_embedding"] == ["Tensor.tolist"]
+
+
+def test_the_tower_waits_once_per_merging_layer(cases: Cases, interpreted: dict[str, Any]) -> None:
+    encodes = [step["waits_encoding"] for step in interpreted["steps"] if step["waits_encoding"]]
+    assert encodes
+    for waits in encodes:
+        assert waits == ["Tensor.tolist"] * len(cases.work["hybrid"]["thresholds"])
 
 
 def test_decodes_of_one_size_issue_the_same_operations(interpreted: dict[str, Any]) -> None:

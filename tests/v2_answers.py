@@ -11,6 +11,7 @@ import os
 import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 os.environ |= {
     "TRITON_INTERPRET": "1",
@@ -30,20 +31,31 @@ def pretend_cpu_backend() -> None:
 
 
 def watch_steps() -> list[dict[str, Any]]:
-    """Trace every forward pass of the model, and the embedding before it; the list grows as steps run."""
+    """Trace every forward pass of the model, and what comes before it; the list grows as steps run."""
     from vllm.forward_context import get_forward_context
 
     from tests.step_trace import trace_step
+    from vllm_hybrid import cpu_attention
     from vllm_hybrid.model import LlavaHybridForConditionalGeneration as Model
 
     steps: list[dict[str, Any]] = []
-    embed, forward = Model.embed_input_ids, Model.forward
-    embedding: dict[str, list[str]] = {"waits": []}
+    encode, embed, forward = Model.embed_multimodal, Model.embed_input_ids, Model.forward
+    before: dict[str, list[str]] = {"waits_encoding": [], "waits_embedding": []}
+
+    def traced_encode(self: Any, **kwargs: Any) -> Any:
+        # The tower as it runs on a GPU, without the CPU's own attention.
+        with (
+            mock.patch.object(cpu_attention, "proportional_attention", lambda *args: None),
+            trace_step() as trace,
+        ):
+            result = encode(self, **kwargs)
+        before["waits_encoding"] = trace.waits
+        return result
 
     def traced_embed(self: Any, *args: Any, **kwargs: Any) -> Any:
         with trace_step([x for x in [kwargs.get("is_multimodal")] if x is not None]) as trace:
             result = embed(self, *args, **kwargs)
-        embedding["waits"] = trace.waits
+        before["waits_embedding"] = trace.waits
         return result
 
     def traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,13 +72,14 @@ def watch_steps() -> list[dict[str, Any]]:
                 "requests": commons[0].num_reqs,
                 "images": images,
                 "waits": trace.waits,
-                "waits_embedding": embedding["waits"],
                 "operations": trace.operations,
+                **before,
             }
         )
+        before["waits_encoding"] = []
         return result
 
-    Model.embed_input_ids, Model.forward = traced_embed, traced_forward
+    Model.embed_multimodal, Model.embed_input_ids, Model.forward = traced_encode, traced_embed, traced_forward
     return steps
 
 

@@ -11,7 +11,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.clip import CLIPAttention, CLIPVisionModel
 
 from . import cpu_attention
-from .merging import PackedTokens, log_size_bias, merge, pad, unpad
+from .merging import PackedTokens, live_rows, log_size_bias, merge, pad, unpad
 
 
 @dataclass
@@ -93,10 +93,6 @@ def _mix(parts: list[torch.Tensor], tokens: PackedTokens, scale: float) -> torch
 
 
 def _without_class_tokens(tokens: PackedTokens, patches: int) -> MergedImages:
-    device = tokens.hidden.device
-    image = torch.arange(tokens.lengths.shape[0], device=device).repeat_interleave(tokens.lengths)
-    starts = tokens.lengths.cumsum(0) - tokens.lengths
-    rank = torch.arange(image.shape[0], device=device) - starts[image] - 1
-    live = rank >= 0
     assert tokens.owner.shape[1] == patches
-    return MergedImages(tokens.hidden[live], image[live], rank[live], tokens.owner)
+    row, image, rank = live_rows(tokens)
+    return MergedImages(tokens.hidden[row], image, rank, tokens.owner)
