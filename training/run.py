@@ -13,6 +13,7 @@ import torch
 
 from .batches import batches
 from .curriculum import Student, curriculum
+from .finish import finish
 from .lessons import Lesson
 from .optimizer import Optimizer, rate_at
 from .prompts import Prompts
@@ -138,6 +139,7 @@ class Averages:
 def train(state: Path, minutes: float, processes: int, seed: int) -> bool:
     """Train for so many minutes of work or to the end; returns whether the end is reached."""
     folder = StateFolder(state)
+    folder.claim()
     (state / "pid").write_text(f"{os.getpid()}\n")
     # The tokenizer's own threads do not survive the forks that follow.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -160,9 +162,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="of one thread each; changes the batches")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if train(options.state, options.minutes, options.processes, options.seed):
-        from .finish import finish
-
+    try:
+        done = train(options.state, options.minutes, options.processes, options.seed)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if done:
         finish(StateFolder(options.state))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 
 class StateFolder:
@@ -16,6 +17,20 @@ class StateFolder:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder)
         self.path.mkdir(parents=True, exist_ok=True)
+
+    def claim(self) -> None:
+        """Keep other runs out until this process ends.
+
+        Raises:
+            ValueError: another run trains there.
+
+        """
+        lock = FileLock(self.path / "lock", is_singleton=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another run trains in {self.path}; end it first") from None
+        self._lock = lock
 
     def load(self) -> dict[str, Any] | None:
         """What was saved last, None before the first time."""
