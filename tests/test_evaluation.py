@@ -413,7 +413,9 @@ def test_a_row_that_fails_is_reported_and_asked_again(
     options = ["--data", captions, "--url", server.url, "--out", tmp_path]
     assert evaluate(monkeypatch, *options) == 1
     shown = capsys.readouterr().out
-    assert "3 of 4 rows" in shown and "1 rows got no answer from tiny (row 2: " in shown
+    assert (
+        "3 of 4 rows" in shown and "without an answer from tiny: 1, such as row 2 (Error code: 400" in shown
+    )
     report = json.loads((tmp_path / "COCO_VAL" / "tiny.json").read_text())
     assert list(report["models"][0]["failed"]) == ["2"]
     server.answer, server.requests = describe, []
@@ -566,7 +568,7 @@ def test_two_servers_are_compared(
         "Exact match   100.00   50.00      -50.00",
         "same answers           50.0%",
     ]
-    assert "1 answers of hybrid were cut at 512 tokens" in shown
+    assert "answers of hybrid cut at 512 tokens: 1" in shown
     report = json.loads((tmp_path / "Toy" / "full-and-hybrid.json").read_text())
     assert report["difference"] == {"Exact match": -50} and report["same_answers"] == 50
     # Servers may also run one after the other: what was answered needs none.

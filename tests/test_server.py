@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image
 from tests.engines import ServingReference, checkpoint, hybrid_section, images
 from tests.server import Server
 from tests.tiny_checkpoints import PATCHES, prompt
+from vllm_hybrid import cli
 from vllm_hybrid.config import live_to_kept
 
 QUESTION = "What is in the image?"
@@ -195,6 +198,24 @@ def test_the_counters_say_what_was_reduced(server: Server, client: OpenAI) -> No
     moved = {name: after[sample] - before[sample] for name, sample in names.items()}
     assert moved.pop("blocks_given_back") > 0
     assert moved == wanted
+
+
+def test_eval_gets_the_answers_that_clients_get(
+    server: Server, client: OpenAI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    contents = [base64.b64encode(png(image)).decode() for image in images(8)[:3]]
+    rows = [f"{at}\t{content}\t{QUESTION}\tno answer is right" for at, content in enumerate(contents)]
+    (tmp_path / "Toy.tsv").write_text("\n".join(["index\timage\tquestion\tanswer", *rows]) + "\n")
+    options = ["--data", tmp_path / "Toy.tsv", "--url", server.url, "--out", tmp_path / "out"]
+    options += ["--prompt", "{question}", "--max-tokens", 8]
+    monkeypatch.setattr("sys.argv", ["vllm-hybrid", "eval", *map(str, options)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    lines = (tmp_path / "out" / "Toy" / "tiny" / "predictions.jsonl").read_text().splitlines()
+    answers = {line["index"]: line["prediction"] for line in map(json.loads, lines)}
+    assert answers == {str(at): said(ask(client, url(at))).strip() for at in range(3)}
 
 
 def test_a_wrong_section_stops_the_server_at_start(tmp_path: Any) -> None:

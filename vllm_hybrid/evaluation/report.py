@@ -10,6 +10,9 @@ from .predictions import Prediction
 from .scoring import score
 from .tsv import Data, Row
 
+# How much is shown of what went wrong with a row; the report has all of it.
+LONGEST_REASON = 200
+
 
 @dataclass(frozen=True)
 class Side:
@@ -97,11 +100,11 @@ def notes(report: Mapping[str, Any], max_tokens: int) -> list[str]:
         if model["failed"]:
             index, reason = next(iter(model["failed"].items()))
             found.append(
-                f"{len(model['failed'])} rows got no answer from {model['name']} (row {index}: {reason}); "
-                "run again to ask them again"
+                f"without an answer from {model['name']}: {len(model['failed'])}, such as row {index} "
+                f"({reason[:LONGEST_REASON]}); run again to ask again"
             )
         if model["cut"]:
-            found.append(f"{model['cut']} answers of {model['name']} were cut at {max_tokens} tokens")
+            found.append(f"answers of {model['name']} cut at {max_tokens} tokens: {model['cut']}")
     return found
 
 
