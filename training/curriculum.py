@@ -44,7 +44,7 @@ def curriculum(student: Student, prompts: Prompts) -> list[Lesson]:
     both = Asking(questions=24, tokens=256, pooled=0.3)
     return [
         TowerLesson("small pictures", model, heads, Pace(600, 4e-3, 16), side=168),
-        TowerLesson("whole pictures", model, heads, Pace(600, 3e-3, 4, decay=0.5), side=336),
+        TowerLesson("whole pictures", model, heads, Pace(400, 3e-3, 4, decay=0.5), side=336),
         LanguageLesson("questions", model, prompts, Pace(1000, 3e-3, 8, decay=0.2), few),
         LanguageLesson("all together", model, prompts, Pace(600, 2e-3, 4, decay=0.8), both, heads),
     ]

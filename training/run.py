@@ -21,7 +21,7 @@ from .state import StateFolder
 from .team import Team, run_team
 from .tower_stage import TRAIN
 
-_LOG_EVERY, _EXAM_EVERY, _SAVE_EVERY = 25, 250, 120.0
+_LOG_EVERY, _EXAM_EVERY, _SAVE_EVERY = 25, 100, 120.0
 # A step that took longer was stopped by somebody and does not count as work.
 _LONGEST_STEP = 10.0
 
