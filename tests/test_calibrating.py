@@ -28,6 +28,7 @@ from vllm_hybrid.calibrating import (
     load_rgb,
     score_threshold,
 )
+from vllm_hybrid.journal import Journal
 
 PATCHES = 576
 
@@ -54,6 +55,20 @@ def test_schedule(tokens: int, layers: int) -> None:
 
 def test_schedule_without_a_cap_is_constant() -> None:
     assert live_schedule(PATCHES, 346, 23) == pytest.approx([PATCHES - 10 * i for i in range(1, 24)])
+
+
+@pytest.mark.parametrize(("tokens", "layers"), [(90, 23), (394, 23), (575, 23), (100, 5), (2, 23)])
+def test_reverse_linear_merges_ever_more(tokens: int, layers: int) -> None:
+    live = [PATCHES, *live_schedule(PATCHES, tokens, layers, "reverse-linear")]
+    shares = [before - after for before, after in zip(live, live[1:], strict=False)]
+    assert live[-1] == pytest.approx(tokens)
+    for layer, (before, share) in enumerate(zip(live, shares, strict=False)):
+        assert share == pytest.approx(min(shares[0] * (layer + 1), (before - 1) / 2))
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="no schedule 'steep'; use one of constant, reverse-linear"):
+        live_schedule(PATCHES, 100, 23, "steep")
 
 
 @pytest.mark.parametrize(("tokens", "layers"), [(0, 23), (72, 3), (576, 3), (600, 3), (-1, 3), (100, 0)])
@@ -157,8 +172,50 @@ def test_calibration_repeats(vision_model: Any, image_processor: Any, pictures: 
 def test_progress(vision_model: Any, image_processor: Any, pictures: list[Path]) -> None:
     calls: list[tuple[str, int, int]] = []
     calibrate(vision_model, image_processor, pictures[:5], 250, 2, progress=lambda *call: calls.append(call))
-    assert calls[:3] == [("thresholds", 1, 5), ("thresholds", 3, 5), ("thresholds", 5, 5)]
-    assert calls[3] == ("measuring, shift +0.0000", 1, 5)
+    assert calls[:3] == [("thresholds for 250 tokens", done, 5) for done in (1, 3, 5)]
+    assert calls[3] == ("measuring 250 tokens, shift 0.0", 1, 5)
+
+
+def test_calibration_goes_on_where_it_was_cut_off(
+    tmp_path: Path,
+    vision_model: Any,
+    image_processor: Any,
+    pictures: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[Path] = []
+    load = calibrating.load_rgb
+    monkeypatch.setattr(calibrating, "load_rgb", lambda path: loaded.append(path) or load(path))
+    whole = calibrate(vision_model, image_processor, pictures, 250, 2)
+    all_loads = len(loaded)
+    for cut in (1, 5, 9):
+        loaded.clear()
+        file = tmp_path / f"{cut}.partial"
+
+        def stop(stage: str, done: int, total: int, cut: int = cut) -> None:
+            if len(loaded) >= 2 * cut:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(
+                vision_model, image_processor, pictures, 250, 2, progress=stop, journal=Journal(file, "w")
+            )
+        # A machine that went down in the middle of a line leaves half of it.
+        file.write_text(file.read_text() + '["half a li')
+        found = calibrate(vision_model, image_processor, pictures, 250, 2, journal=Journal(file, "w"))
+        assert found == whole
+        assert len(loaded) == all_loads
+
+
+def test_a_journal_of_other_work_is_begun_anew(tmp_path: Path) -> None:
+    file = tmp_path / "journal"
+    assert Journal(file, {"seed": 1}).result("a", lambda: [0.1 + 0.2]) == [0.1 + 0.2]
+    assert Journal(file, {"seed": 1}).result("a", lambda: None) == [0.1 + 0.2]
+    assert len(Journal(file, {"seed": 2})) == 0
+    assert len(Journal(file, {"seed": 1})) == 0
+    journal = Journal(file, {"seed": 1})
+    journal.remove()
+    assert not file.exists()
 
 
 def test_a_miss_is_told(

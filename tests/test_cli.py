@@ -97,6 +97,20 @@ def test_calibrate(
     assert command(monkeypatch, "calibrate", plain, *options) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {"thresholds": printed} == read_thresholds(out, 3, 4)
+    assert not (tmp_path / "t.json.partial").exists()
+
+
+def test_calibrate_several_levels(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path / "pictures")
+    out = tmp_path / "levels.json"
+    options = ["--images", tmp_path / "pictures", "--tokens", "mid=250", "--tokens", "low=120"]
+    assert command(monkeypatch, "calibrate", plain, *options, "--out", out) == 0
+    assert "levels.json, level low: 3 thresholds for 120 tokens on average" in capsys.readouterr().out
+    read = read_thresholds(out, 3, 4)
+    assert list(read["thresholds"]) == ["mid", "low"] and read["default_level"] == "mid"
+    assert all(m > n for m, n in zip(read["thresholds"]["mid"], read["thresholds"]["low"], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +130,15 @@ def test_calibrate(
             "no is no folder",
         ),
         (["calibrate", "PLAIN", "--images", "broken", "--tokens", "90"], "cannot be read as a picture"),
+        (["calibrate", "PLAIN", "--images", "pictures", "--tokens", "many"], "'many' is no number of tokens"),
+        (
+            ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "90", "--tokens", "mid=195"],
+            "'90' needs a name",
+        ),
+        (
+            ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "90", "--schedule", "steep"],
+            "no schedule 'steep'",
+        ),
         (["prepare", "nowhere", "out"], "nowhere is no folder"),
         (["demo-model", "pictures"], "exists and is not empty"),
         (["demo-model", "pictures", "--force"], "holds no checkpoint"),

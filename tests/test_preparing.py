@@ -132,10 +132,13 @@ def test_calibrating_while_preparing(plain: Path, tmp_path: Path) -> None:
         progress=lambda *report: seen.append(report),
     )
     assert hybrid.thresholds is not None and len(hybrid.thresholds) == 3
-    assert seen[0] == ("thresholds", 8, 8)
+    assert seen[0] == ("thresholds for 200 tokens", 8, 8)
     counts = live_counts(*load_tower(plain), pictures, section(tmp_path / "out")["thresholds"])
     assert sum(counts) / len(counts) == pytest.approx(200, rel=0.03)
-    assert section(tmp_path / "out")["thresholds"] == calibrate_checkpoint(plain, tmp_path / "pictures", 200)
+    assert (
+        section(tmp_path / "out")["thresholds"]
+        == calibrate_checkpoint(plain, tmp_path / "pictures", {"": 200})[""]
+    )
 
 
 # ---- threshold files ------------------------------------------------------------------------------
@@ -213,7 +216,7 @@ def test_thresholds_reach_the_configuration(plain: Path, tmp_path: Path) -> None
 
 
 def test_written_thresholds_are_read_again(tmp_path: Path) -> None:
-    write_thresholds(tmp_path / "t.json", VALUES, tokens=90, pictures=7)
+    write_thresholds(tmp_path / "t.json", {"": VALUES}, {"": 90}, pictures=7)
     assert read_thresholds(tmp_path / "t.json", 3, 4) == {"thresholds": VALUES}
 
 

@@ -12,11 +12,14 @@ calibration pictures themselves, takes the drift out and leaves the layers' prop
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,17 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from .journal import Journal
 from .merging import PackedTokens
 from .tower import encode, executed_layers, run_tower
 
 Progress = Callable[[str, int, int], None]
+
+# How many merges fall to each layer, relative to the others: alike, or ever more towards the last.
+SCHEDULES: dict[str, Callable[[int], float]] = {
+    "constant": lambda layer: 1.0,
+    "reverse-linear": lambda layer: layer + 1.0,
+}
 
 # How far the average may stay from the wanted number, as a share of it, and how often it is measured.
 TOLERANCE = 0.02
@@ -45,6 +55,8 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
     feature_layer: int = -2,
+    schedule: str = "constant",
+    journal: Journal | None = None,
 ) -> list[float]:
     """Find thresholds that leave ``tokens`` live tokens per picture on average.
 
@@ -57,6 +69,8 @@ def calibrate(
         seed: shuffles the pictures into batches.
         progress: called as progress(stage, pictures done, pictures) after each batch.
         feature_layer: LLaVA's ``vision_feature_layer``.
+        schedule: one of SCHEDULES.
+        journal: where every batch's results go as they are found, and come from where they are known.
 
     Returns:
         One threshold per executed layer. The same arguments give the same thresholds. A warning says so
@@ -72,19 +86,26 @@ def calibrate(
         raise ValueError("there are no calibration pictures; give at least one")
     tower: Any = getattr(vision_model, "vision_model", vision_model)
     layers = executed_layers(len(tower.encoder.layers), feature_layer)
-    schedule = live_schedule(tower.embeddings.num_patches, tokens, layers)
+    wanted = live_schedule(tower.embeddings.num_patches, tokens, layers, schedule)
     shuffled = sorted(image_paths, key=str)
     random.Random(seed).shuffle(shuffled)
-    found = []
-    for pixel_values in _batches(vision_model, image_processor, shuffled, batch_size, "thresholds", progress):
-        found.append(batch_thresholds(vision_model, pixel_values, schedule, feature_layer))
+    batches = _Batches(vision_model, image_processor, _parted(shuffled, batch_size), progress)
+    kept = Journal(None, None) if journal is None else journal
+
+    def of_batch(pixel_values: torch.Tensor) -> list[float]:
+        return batch_thresholds(vision_model, pixel_values, wanted, feature_layer)
+
+    found = batches.results(f"thresholds for {tokens} tokens", of_batch, kept)
     thresholds = [statistics.fmean(layer) for layer in zip(*found, strict=True)]
 
     def average(shift: float) -> float:
         shifted = [t + shift for t in thresholds]
-        stage = f"measuring, shift {shift:+.4f}"
-        batches = _batches(vision_model, image_processor, shuffled, batch_size, stage, progress)
-        return statistics.fmean(_live_counts(vision_model, batches, shifted, feature_layer))
+
+        def counts(pixel_values: torch.Tensor) -> list[int]:
+            return encode(vision_model, pixel_values, shifted, feature_layer).lengths.tolist()
+
+        stage = f"measuring {tokens} tokens, shift {shift!r}"
+        return statistics.fmean(itertools.chain(*batches.results(stage, counts, kept)))
 
     shift, reached = find_shift(average, tokens)
     if abs(reached - tokens) > 0.03 * tokens:
@@ -120,33 +141,43 @@ def live_counts(
         ValueError: an unreadable picture, or not one threshold per executed layer.
 
     """
-    batches = _batches(vision_model, image_processor, image_paths, batch_size, "measuring", progress)
-    return _live_counts(vision_model, batches, thresholds, feature_layer)
+
+    def counts(pixel_values: torch.Tensor) -> list[int]:
+        return encode(vision_model, pixel_values, thresholds, feature_layer).lengths.tolist()
+
+    batches = _Batches(vision_model, image_processor, _parted(image_paths, batch_size), progress)
+    return list(itertools.chain(*batches.results("measuring", counts, Journal(None, None))))
 
 
-def live_schedule(patches: int, tokens: int, layers: int) -> list[float]:
-    """Average live tokens wanted after each layer, when all layers merge alike ("constant").
+def live_schedule(patches: int, tokens: int, layers: int, schedule: str = "constant") -> list[float]:
+    """Average live tokens wanted after each layer.
 
-    Of n live tokens and the class token, at most n // 2 >= (n - 1) / 2 merge in one layer. Where equal
-    shares would exceed that in the last layers, these do what they can and the others more.
+    With "constant" all layers merge alike; with "reverse-linear" layer i merges i + 1 times as many as
+    layer 0.
+
+    Of n live tokens and the class token, at most n // 2 >= (n - 1) / 2 merge in one layer. Where its
+    share would exceed that in the last layers, these do what they can and the others more.
 
     Args:
         patches: tokens before the first layer, P.
         tokens: tokens after the last.
         layers: executed layers.
+        schedule: one of SCHEDULES.
 
     Returns:
         ``layers`` numbers, the last one ``tokens``.
 
     Raises:
-        ValueError: tokens cannot be reached, or is no reduction.
+        ValueError: tokens cannot be reached, or is no reduction; or there is no such schedule.
 
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"there is no schedule {schedule!r}; use one of {', '.join(SCHEDULES)}")
 
     def run(share: float) -> list[float]:
         live, counts = float(patches), []
-        for _ in range(layers):
-            live -= min(share, (live - 1) / 2)
+        for layer in range(layers):
+            live -= min(share * SCHEDULES[schedule](layer), (live - 1) / 2)
             counts.append(live)
         return counts
 
@@ -259,32 +290,41 @@ def load_rgb(path: str | Path) -> Image.Image:
         raise ValueError(f"{path} cannot be read as a picture ({error}); remove it or convert it") from error
 
 
-def _batches(
-    vision_model: nn.Module,
-    image_processor: Any,
-    paths: Sequence[str | Path],
-    batch_size: int,
-    stage: str,
-    progress: Progress | None,
-) -> Iterator[torch.Tensor]:
-    """Pixel values [images, 3, height, width] of all pictures, in batches whose sizes differ by at most 1."""
-    device = next(vision_model.parameters()).device
+@dataclass
+class _Batches:
+    """Pictures in batches, and what is computed from each."""
+
+    vision_model: nn.Module
+    image_processor: Any
+    paths: list[Sequence[str | Path]]
+    progress: Progress | None
+
+    def results(
+        self, stage: str, compute: Callable[[torch.Tensor], list[Any]], journal: Journal
+    ) -> list[list[Any]]:
+        """One result a batch; a batch whose result the journal knows is not loaded."""
+        results, done, pictures = [], 0, sum(map(len, self.paths))
+        for number, paths in enumerate(self.paths):
+            of_batch = functools.partial(self._result, compute, paths)
+            results.append(journal.result(f"{stage}, batch {number}", of_batch))
+            done += len(paths)
+            if self.progress is not None:
+                self.progress(stage, done, pictures)
+        return results
+
+    def _result(self, compute: Callable[[torch.Tensor], list[Any]], paths: Sequence[str | Path]) -> list[Any]:
+        return compute(_pixel_values(self.vision_model, self.image_processor, paths))
+
+
+def _parted(paths: Sequence[str | Path], batch_size: int) -> list[Sequence[str | Path]]:
+    """The pictures in batches whose sizes differ by at most 1."""
     number = math.ceil(len(paths) / batch_size)
     borders = [len(paths) * i // number for i in range(number + 1)]
-    for start, stop in zip(borders, borders[1:], strict=False):
-        images = [load_rgb(path) for path in paths[start:stop]]
-        yield image_processor(images=images, return_tensors="pt")["pixel_values"].to(device)
-        if progress is not None:
-            progress(stage, stop, len(paths))
+    return [paths[start:stop] for start, stop in itertools.pairwise(borders)]
 
 
-def _live_counts(
-    vision_model: nn.Module,
-    batches: Iterator[torch.Tensor],
-    thresholds: Sequence[float | None] | None,
-    feature_layer: int,
-) -> list[int]:
-    counts: list[int] = []
-    for pixel_values in batches:
-        counts += encode(vision_model, pixel_values, thresholds, feature_layer).lengths.tolist()
-    return counts
+def _pixel_values(vision_model: nn.Module, image_processor: Any, paths: Sequence[str | Path]) -> torch.Tensor:
+    """Pixel values [images, 3, height, width] on the model's device."""
+    images = [load_rgb(path) for path in paths]
+    device = next(vision_model.parameters()).device
+    return image_processor(images=images, return_tensors="pt")["pixel_values"].to(device)

@@ -114,27 +114,44 @@ def calibrate(
         Path, typer.Option(help="Folder of pictures that resemble the later ones.", show_default=False)
     ],
     tokens: Annotated[
-        int, typer.Option(help="Live tokens per picture to reach on average.", show_default=False)
+        list[str],
+        typer.Option(
+            help="Live tokens per picture to reach on average; NAME=NUMBER, repeated, for several levels at "
+            "once, the default one first.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="JSON file to write; printed if left out.")] = None,
+    schedule: Annotated[
+        str, typer.Option(help="Which layers merge more: constant (all alike) or reverse-linear (late ones).")
+    ] = "constant",
     batch_size: Annotated[int, typer.Option(help="Pictures that share a merging budget.")] = 16,
     seed: Annotated[int, typer.Option(help="Shuffles the pictures into batches.")] = 0,
 ) -> None:
-    """Find merge thresholds that leave TOKENS live tokens of a picture on average."""
+    """Find merge thresholds that leave TOKENS live tokens of a picture on average.
+
+    With --out, a run that was cut off goes on where it was: what it found lies in OUT.partial.
+    """
     import json
 
     from .preparing import calibrate_checkpoint, find_pictures
-    from .threshold_files import write_thresholds
+    from .threshold_files import parse_levels, write_thresholds
 
     if out is not None and not out.absolute().parent.is_dir():
         raise ValueError(f"{out.absolute().parent} is no folder; make it, or give another --out")
+    levels = parse_levels(tokens)
+    journal = None if out is None else out.with_name(out.name + ".partial")
     with _progress() as progress:
-        found = calibrate_checkpoint(checkpoint, images, tokens, batch_size, seed, progress)
+        found = calibrate_checkpoint(
+            checkpoint, images, levels, batch_size, seed, progress, schedule, journal
+        )
     if out is None:
-        print(json.dumps(found))
-    else:
-        write_thresholds(out, found, tokens, len(find_pictures(images)))
-        print(f"{out}: {len(found)} thresholds for {tokens} tokens on average")
+        print(json.dumps(found[""] if list(found) == [""] else found))
+        return
+    write_thresholds(out, found, levels, len(find_pictures(images)))
+    for level, thresholds in found.items():
+        named = f", level {level}" if level else ""
+        print(f"{out}{named}: {len(thresholds)} thresholds for {levels[level]} tokens on average")
 
 
 @app.command()

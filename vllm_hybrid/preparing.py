@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .calibrating import Progress, calibrate
 from .checkpoint import ARCHITECTURE, load_config, load_tower, merging_layers, read_config, weight_files
 from .config import HybridConfig
 from .folders import check_target, complete_folder
+from .journal import Journal
 from .threshold_files import read_thresholds
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -86,7 +87,7 @@ def prepare(
     }
     parsed = _parse(section, config)
     if images is not None and tokens is not None:
-        section["thresholds"] = calibrate_checkpoint(source, images, tokens, progress=progress)
+        section["thresholds"] = calibrate_checkpoint(source, images, {"": tokens}, progress=progress)[""]
         parsed = _parse(section, config)
 
     with complete_folder(target, force) as folder:
@@ -99,17 +100,32 @@ def prepare(
 def calibrate_checkpoint(
     checkpoint: str | Path,
     images: str | Path,
-    tokens: int,
+    levels: Mapping[str, int],
     batch_size: int = 16,
     seed: int = 0,
     progress: Progress | None = None,
-) -> list[float]:
-    """Thresholds for a checkpoint that leave ``tokens`` live tokens of a folder's pictures on average.
+    schedule: str = "constant",
+    journal: str | Path | None = None,
+) -> dict[str, list[float]]:
+    """Thresholds for a checkpoint, for several averages of live tokens of a folder's pictures.
 
     Runs on the GPU where there is one, in float32.
 
+    Args:
+        checkpoint: a LLaVA-1.5 checkpoint's folder.
+        images: folder of pictures.
+        levels: average live tokens to reach, by the name of the level.
+        batch_size: see :func:`vllm_hybrid.calibrating.calibrate`; so are seed, progress, schedule.
+        seed: see there.
+        progress: see there.
+        schedule: see there.
+        journal: file that keeps what is found, so that a call that was cut off goes on; removed at the end.
+
+    Returns:
+        One threshold per executed vision layer for every level.
+
     Raises:
-        ValueError: the checkpoint, the folder or the number is wrong; one sentence says which and why.
+        ValueError: the checkpoint, the folder or a number is wrong; one sentence says which and why.
 
     """
     import torch
@@ -117,7 +133,21 @@ def calibrate_checkpoint(
     files = find_pictures(images)
     tower, image_processor = load_tower(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     layer = load_config(checkpoint).vision_feature_layer
-    return calibrate(tower, image_processor, files, tokens, batch_size, seed, progress, layer)
+    weights = [_stamp(file) for file in weight_files(checkpoint)]
+    kept = Journal(journal, [weights, [_stamp(file) for file in files], batch_size, seed, schedule])
+    found = {
+        level: calibrate(
+            tower, image_processor, files, tokens, batch_size, seed, progress, layer, schedule, kept
+        )
+        for level, tokens in levels.items()
+    }
+    kept.remove()
+    return found
+
+
+def _stamp(file: Path) -> list[Any]:
+    """What tells a file from a changed one."""
+    return [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def find_pictures(folder: str | Path) -> list[Path]:

@@ -21,11 +21,42 @@ _BLOCK_THRESHOLD = re.compile(r"(?P<blocks>.*?)\.?(?P<layer>\d+)\.threshold")
 
 
 def write_thresholds(
-    file: str | Path, thresholds: Sequence[float | None], tokens: int, pictures: int
+    file: str | Path, levels: Mapping[str, Sequence[float | None]], tokens: Mapping[str, int], pictures: int
 ) -> None:
-    """Write calibrated thresholds as JSON, with the average they were made for and the number of pictures."""
-    content = {"thresholds": list(thresholds), "tokens": tokens, "pictures": pictures}
-    Path(file).write_text(json.dumps(content, indent=2) + "\n")
+    """Write calibrated thresholds as JSON.
+
+    Args:
+        file: where to.
+        levels: thresholds by name of the level, the default level first; one level without a name ("")
+            is written as a plain list.
+        tokens: the average of live tokens each level was made for.
+        pictures: number of pictures it was made with.
+
+    """
+    if list(levels) == [""]:
+        content: dict[str, Any] = {"thresholds": list(levels[""]), "tokens": tokens[""]}
+    else:
+        thresholds = {level: list(values) for level, values in levels.items()}
+        content = {"thresholds": thresholds, "default_level": next(iter(levels)), "tokens": dict(tokens)}
+    Path(file).write_text(json.dumps(content | {"pictures": pictures}, indent=2) + "\n")
+
+
+def parse_levels(wanted: Sequence[str]) -> dict[str, int]:
+    """Numbers of live tokens by level from what a user wrote: one NUMBER, or several NAME=NUMBER.
+
+    Raises:
+        ValueError: something else was written; one sentence says what.
+
+    """
+    levels: dict[str, int] = {}
+    for text in wanted:
+        name, _, number = text.rpartition("=")
+        if not number.strip().isdecimal():
+            raise ValueError(f"{text!r} is no number of tokens; write 195, or mid=195")
+        if name.strip() in levels or (len(wanted) > 1 and not name.strip()):
+            raise ValueError(f"{text!r} needs a name of its own among several levels; write mid=195")
+        levels[name.strip()] = int(number)
+    return levels
 
 
 def read_thresholds(file: str | Path, vision_layers: int, all_layers: int) -> dict[str, Any]:
