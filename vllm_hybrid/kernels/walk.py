@@ -104,11 +104,11 @@ def _walk(
                     its = position + number
                     its_block = tl.load(table + its // block_size, mask=live, other=0).to(tl.int64)
                     its_row = (its_block * rows_per_block + its % block_size).to(tl.int32)
-                    held = ((mine[:, :, None] >> bit[None, None, :]) & 1) != 0
+                    its_own = ((mine[:, :, None] >> bit[None, None, :]) & 1) != 0
                     tl.store(
-                        out_rows + filled + rank[None, :, :] + tl.zeros_like(held).to(tl.int32),
-                        its_row[:, None, None] + tl.zeros_like(held).to(tl.int32),
-                        mask=held,
+                        out_rows + filled + rank[None, :, :] + tl.zeros_like(its_own).to(tl.int32),
+                        its_row[:, None, None] + tl.zeros_like(its_own).to(tl.int32),
+                        mask=its_own,
                     )
                 filled += tl.sum(ones, axis=0)
                 position += patches
