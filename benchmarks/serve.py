@@ -1,6 +1,6 @@
 """vLLM's own client, `vllm bench serve --dataset-name random-mm`, against both servers, 1 to 32 at once.
 
-The client's pictures are noise, so the thresholds are calibrated on noise here: what is compared is the
+The client's pictures are noise sent as JPEG, so the thresholds are calibrated on such pictures here: what is compared is the
 same ~90 live tokens as in run.py, over HTTP, with requests that come and go.
 """
 
@@ -32,7 +32,7 @@ NOISE_PICTURES = 16
 
 def noise_section(checkpoint: Path) -> dict[str, Any]:
     """The hybrid section with thresholds for noise pictures; made once."""
-    file = checkpoint / "hybrid-noise.json"
+    file = checkpoint / "hybrid-jpeg-noise.json"
     if not file.exists():
         import numpy as np
         from PIL import Image
@@ -44,8 +44,8 @@ def noise_section(checkpoint: Path) -> dict[str, Any]:
         draw = np.random.default_rng(0)
         pictures = []
         for index in range(NOISE_PICTURES):
-            pictures.append(checkpoint / "pictures" / f"noise-{index}.png")
-            Image.fromarray(draw.integers(0, 256, (336, 336, 3), dtype=np.uint8)).save(pictures[-1])
+            pictures.append(checkpoint / "pictures" / f"noise-{index}.jpg")
+            Image.fromarray(draw.integers(0, 256, (336, 336, 3), dtype=np.uint8)).save(pictures[-1], "JPEG")
         thresholds = calibrate(*load_tower(checkpoint), pictures, LIVE_TOKENS)
         file.write_text(
             json.dumps({"thresholds": thresholds, "fastv_layer": FASTV_LAYER, "fastv_ratio": FASTV_RATIO})
