@@ -1,32 +1,24 @@
 """vLLM's own client, `vllm bench serve --dataset-name random-mm`, against both servers, 1 to 32 at once.
 
-The client's pictures are noise sent as JPEG, so the thresholds are calibrated on such pictures here: what is compared is the
-same ~90 live tokens as in run.py, over HTTP, with requests that come and go.
+The client's pictures are noise sent as JPEG, so the thresholds are calibrated on such pictures here: what
+is compared is the same ~90 live tokens as in run.py, over HTTP, with requests that come and go.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.engine import overrides  # noqa: E402
+from benchmarks.http_server import VLLM, counters, running_server  # noqa: E402
 
 HERE = Path(__file__).parent
-VLLM = str(Path(sys.executable).with_name("vllm"))
 NOISE_PICTURES = 16
 
 
@@ -53,44 +45,12 @@ def noise_section(checkpoint: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-@contextmanager
-def server(checkpoint: Path, kind: str, section: dict[str, Any], log: Path) -> Iterator[str]:
-    """A running `vllm serve`; yields its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [VLLM, "serve", str(checkpoint), "--served-model-name", "bench", "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "2048"]
-    command += ["--max-num-batched-tokens", "16384", "--max-num-seqs", "64", "--no-enable-prefix-caching"]
-    command += [
-        "--kv-cache-memory-bytes",
-        str(3 << 30),
-        "--hf-overrides",
-        json.dumps(overrides(kind, section)),
+def server_options() -> list[str]:
+    """The same for both servers."""
+    return [
+        *("--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-batched-tokens", "16384"),
+        *("--max-num-seqs", "64", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(3 << 30)),
     ]
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **os.environ}
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        try:
-            address = f"http://127.0.0.1:{port}"
-            _wait(address, process, log)
-            yield address
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
-
-
-def _wait(address: str, process: subprocess.Popen[bytes], log: Path, seconds: int = 300) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with code {process.returncode}; see {log}")
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=2)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    raise RuntimeError(f"the server was not up after {seconds} s; see {log}")
 
 
 def measure(
@@ -125,13 +85,6 @@ def measure(
     return {"requests_per_s": result["request_throughput"], "first_token_s": result["median_ttft_ms"] / 1e3}
 
 
-def reduced(address: str) -> dict[str, float]:
-    """The server's own counters, by name."""
-    text = urllib.request.urlopen(f"{address}/metrics").read().decode()
-    lines = [line for line in text.splitlines() if line.startswith("vllm_hybrid:") and "_total" in line]
-    return {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
@@ -147,9 +100,10 @@ def main() -> None:
     levels = [int(c) for c in args.concurrencies.split(",")]
     lengths = [int(t) for t in args.tokens.split(",")]
     results: dict[str, dict[str, dict[str, float]]] = {}
-    counters: dict[str, float] = {}
+    seen: dict[str, float] = {}
     for kind in ("stock", "hybrid"):
-        with server(args.checkpoint, kind, section, args.out / f"serve-{kind}.log") as address:
+        log = args.out / f"serve-{kind}.log"
+        with running_server(args.checkpoint, server_options(), overrides(kind, section), log) as address:
             measure(address, args.checkpoint, 8, 2, 8, args.out / "client.json")
             results[kind] = {
                 f"{tokens} new, {level} at once": measure(
@@ -158,7 +112,7 @@ def main() -> None:
                 for tokens in lengths
                 for level in levels
             }
-            counters = reduced(address)
+            seen = counters(address)
     lines = ["| load | requests/s | stock | ratio | first token, s | stock |", "|---|---|---|---|---|---|"]
     for load, got in results["hybrid"].items():
         base = results["stock"][load]
@@ -167,14 +121,14 @@ def main() -> None:
             f"{got['requests_per_s'] / base['requests_per_s']:.2f} | {got['first_token_s']:.2f} | "
             f"{base['first_token_s']:.2f} |"
         )
-    images = counters["vllm_hybrid:images_total"]
+    images = seen["images"]
     lines += [
         "",
-        f"{images:.0f} pictures, {counters['vllm_hybrid:live_tokens_total'] / images:.1f} live and "
-        f"{counters['vllm_hybrid:kept_tokens_total'] / images:.1f} kept tokens of 576 on average (/metrics).",
+        f"{images:.0f} pictures, {seen['live_tokens'] / images:.1f} live and "
+        f"{seen['kept_tokens'] / images:.1f} kept tokens of 576 on average (/metrics).",
     ]
     (args.out / "serve.md").write_text("\n".join(lines) + "\n")
-    (args.out / "serve.json").write_text(json.dumps({"results": results, "counters": counters}, indent=1))
+    (args.out / "serve.json").write_text(json.dumps({"results": results, "counters": seen}, indent=1))
     print("\n".join(lines))
 
 

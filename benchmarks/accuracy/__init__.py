@@ -1,0 +1,1 @@
+"""What merging and pruning cost the embedded model in right answers."""
