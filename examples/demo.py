@@ -25,10 +25,12 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_hybrid.calibrating import load_rgb
-from vllm_hybrid.demo_pictures import pictures
+from vllm_hybrid.demo_model import SHIPPED_SERIES
+from vllm_hybrid.demo_scenes import draw_scene
 
 BASE_URL = os.environ.get("BASE_URL", "http://localhost:8000").rstrip("/").removesuffix("/v1")
-SHOWN = ("wall", "houses", "page")
+# Scenes that ship with the demo model, by number.
+SHOWN = (2, 5, 0)
 COUNTERS = ("images", "patches", "live_tokens", "kept_tokens", "blocks_given_back")
 
 
@@ -46,7 +48,7 @@ def main() -> None:
     try:
         chosen = {Path(p).name: load_rgb(p) for p in options.picture or ()}
         if not chosen:
-            chosen = {name: picture for name, picture in pictures().items() if name in SHOWN}
+            chosen = {f"scene-{number}": _scene(number) for number in SHOWN}
         client = OpenAI(base_url=f"{BASE_URL}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"))
         model = client.models.list().data[0]
         tiers = decoder_tiers(getattr(model, "root", None))
@@ -91,6 +93,10 @@ def ask(
     print(f"  prompt tokens  {usage.prompt_tokens if usage else '?'}   ({seconds:.2f} s)")
     for line in costs(before, counters_after(before), usage.prompt_tokens if usage else None, tiers):
         print(f"  {line}")
+
+
+def _scene(number: int) -> Image.Image:
+    return Image.fromarray(draw_scene([SHIPPED_SERIES, number]).pixels)
 
 
 def costs(

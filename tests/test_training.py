@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from training.alignment import Words, alignment, shown_patches
+from training.batches import dense_batch
 from training.curriculum import Student
 from training.dense_labels import BACKGROUND, dense_labels
 from training.language_stage import Asking, LanguageLesson
@@ -23,11 +25,11 @@ from training.packed_decoder import PackedDecoder
 from training.prompts import NO_LOSS, Prompts, chat
 from training.questions import TASKS, Question, ask
 from training.run import Run
-from training.scenes import KINDS, Scene, Thing, draw_scene
 from training.state import StateFolder
 from training.team import Team
 from training.tower_stage import TowerLesson
 from vllm_hybrid.demo_model import config, random_weights
+from vllm_hybrid.demo_scenes import COLOURS, KINDS, Scene, Thing, draw_scene
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,27 +131,29 @@ def test_prompts_are_the_served_ones(demo_checkpoint: Path, prompts: Prompts) ->
     assert torch.allclose(inputs["pixel_values"], expected, atol=1e-5)
 
 
-def test_packed_questions_equal_single_ones(model: Any, prompts: Prompts) -> None:
+@pytest.mark.parametrize("bare", [False, True], ids=["with <s>", "without"])
+def test_packed_questions_equal_single_ones(model: Any, prompts: Prompts, bare: bool) -> None:
+    head = prompts.head[bare:]
     questions = [
         Question("colour", "What colour is the circle?", "red"),
         Question("count", "How many?", "two"),
     ]
     scene = draw_scene([2])
     pixels = normalised(torch.from_numpy(scene.pixels)[None])
-    batch = prompts.pack([questions], 48)
+    batch = prompts.pack([questions], 48) | {"bare": torch.tensor(bare)}
     with torch.no_grad():
         features = TowerFeatures(model)(pixels)[:, 1:]
-        logits, targets = PackedDecoder(model, prompts.head)(features, batch, pool=False)
+        logits, targets, _ = PackedDecoder(model, prompts.head)(features, batch)
         model.model.language_model.config._attn_implementation = "sdpa"
         alone = []
         for question in questions:
             block = prompts.block(question.text, question.answer)
-            ids = torch.tensor([[*prompts.head, *[1024] * 576, *block.ids]])
+            ids = torch.tensor([[*head, *[1024] * 576, *block.ids]])
             whole = model(input_ids=ids, pixel_values=pixels).logits[0]
-            start = len(prompts.head) + 576 + block.answer
+            start = len(head) + 576 + block.answer
             alone.append(whole[start - 1 : -1])
     assert torch.allclose(logits, torch.cat(alone), atol=1e-4)
-    blocks = [prompts.block(q.text, q.answer) for q in questions]
+    blocks = [prompts.block(q.text, q.answer, q.described) for q in questions]
     assert targets.tolist() == [i for block in blocks for i in block.ids[block.answer :]]
 
 
@@ -158,10 +162,44 @@ def test_what_does_not_fit_is_left_out(prompts: Prompts) -> None:
         Question("caption", "Describe the picture.", "A red circle at the top left."),
         Question("count", "How?", "two"),
     ]
-    size = len(prompts.block("How?", "two").ids) - 1
+    size = len(prompts.block("How?", "two", 0).ids) - 1
     batch = prompts.pack([questions], size)
     assert batch["blocks"].tolist() == [[1] * size]
     assert int((batch["targets"] != NO_LOSS).sum()) == 2
+
+
+def test_a_question_knows_where_its_things_are_from_the_last_word_that_describes_them(
+    prompts: Prompts,
+) -> None:
+    scene = draw_scene([9, 0])
+    for question in ask(scene, 30, [9, 1]):
+        assert question.cells or question.answer == "No", question
+        assert {thing.cell for thing in scene.things} >= set(question.cells)
+        batch = prompts.pack([[question]], 64)
+        block = prompts.block(question.text, question.answer, question.described)
+        knows = batch["described"][0].nonzero().flatten().tolist()
+        assert knows == list(range(block.described, block.answer))
+        assert batch["cells"][0, knows[0]].nonzero().flatten().tolist() == sorted(question.cells)
+    where = Question("place", "Where is the red star?", "left", (3,), len("Where is the red star"))
+    block = prompts.block(where.text, where.answer, where.described)
+    text = prompts._tokenizer.decode(block.ids[: block.described + 1])
+    assert text.endswith("red star")
+
+
+def test_alignment_names_patches_by_their_words(prompts: Prompts) -> None:
+    words = Words(prompts)
+    assert len({*words.kinds.tolist(), *words.colours.tolist()}) == len(KINDS) + len(COLOURS)
+    scene = Scene(np.zeros((336, 336, 3), np.uint8), (Thing("star", "blue", 4, (112, 112, 224, 224)),))
+    batch = dense_batch([scene, scene])
+    shown = shown_patches(batch)
+    assert len(shown) == 2 * 8 * 8 and (batch["kind"].flatten(1)[shown[:, 0], shown[:, 1]] > 0).all()
+    embeddings = torch.randn(1088, 256)
+    named = (
+        embeddings[words.kinds[KINDS.index("star")]] + embeddings[words.colours[list(COLOURS).index("blue")]]
+    )
+    right = alignment(named.expand(len(shown), -1), shown, batch, words, embeddings)
+    wrong = alignment(-named.expand(len(shown), -1), shown, batch, words, embeddings)
+    assert float(right) < 0.5 < 5 < float(wrong)
 
 
 # ---- training -------------------------------------------------------------------------------------
@@ -186,16 +224,20 @@ def test_the_tower_learns_and_a_window_is_a_window(model: Any) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_questions_train_the_decoder_alone_or_both(prompts: Prompts) -> None:
+def test_questions_train_projector_and_decoder(prompts: Prompts) -> None:
     student = Student(0)
-    asking = Asking(questions=4, tokens=64, pooled=1.0)
-    for heads in (None, student.heads):
-        lesson = LanguageLesson("ask", student.model, prompts, Pace(10, 1e-3, 1), asking, heads)
-        loss, figures = lesson.loss(lesson.batch([1, 3]))
-        loss.backward()
-        first = student.model.model.vision_tower.embeddings.patch_embedding.weight
-        assert (first.grad is not None) == (heads is not None)
-        assert figures["answer"] == pytest.approx(7, abs=1)
+    asking = Asking(questions=4, tokens=64, averaged=1.0)
+    lesson = LanguageLesson("ask", student.model, prompts, Pace(10, 1e-3, 1), asking, student.finder)
+    loss, figures = lesson.loss(lesson.batch([1, 3]))
+    loss.backward()
+    model = student.model.model
+    assert model.vision_tower.embeddings.patch_embedding.weight.grad is None
+    trained = [parameter for _, parameter in lesson.parameters()]
+    assert all(parameter.grad is not None for parameter in trained)
+    of_the_lesson = {id(parameter) for parameter in trained}
+    for part in (model.multi_modal_projector, model.language_model, student.model.lm_head, student.finder):
+        assert {id(parameter) for parameter in part.parameters()} <= of_the_lesson
+    assert figures["answer"] == pytest.approx(7, abs=1)
 
 
 def test_rates_rise_stay_and_fall() -> None:

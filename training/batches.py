@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from vllm_hybrid.demo_scenes import Scene
+
 from .dense_labels import dense_labels
-from .scenes import Scene
 
 Batch = dict[str, Tensor]
 

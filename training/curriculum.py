@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .dense_loss import DenseHeads
+from .finder import Finder
 from .language_stage import Asking, LanguageLesson
 from .lessons import Lesson, Pace
 from .network import new_model
@@ -19,13 +20,13 @@ class Student:
 
     def __init__(self, seed: int) -> None:
         self.model: Any = new_model(seed)
-        self.heads = DenseHeads()
+        self.heads, self.finder = DenseHeads(), Finder()
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {"model": self.model, "heads": self.heads}
+        return {"model": self.model, "heads": self.heads, "finder": self.finder}
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of both."""
+        """Weights of all."""
         return {name: module.state_dict() for name, module in self._modules().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -35,16 +36,17 @@ class Student:
 
 
 def curriculum(student: Student, prompts: Prompts) -> list[Lesson]:
-    """All stages in order: what patches show, what is asked about it, both together.
+    """All stages in order: what patches show, then what is asked about it.
 
-    The decoder learns mostly on averages of 2 x 2 patches, a quarter of the work, and last on all patches.
+    The decoder learns first on averages of 3 x 3 patches, a ninth of the image tokens, then on averages of
+    2 x 2 and on all patches.
     """
-    model, heads = student.model, student.heads
-    few = Asking(questions=24, tokens=224, pooled=1.0)
-    both = Asking(questions=24, tokens=256, pooled=0.3)
+    model, heads, finder = student.model, student.heads, student.finder
+    few = Asking(questions=24, tokens=224, averaged=1.0, side=3)
+    both = Asking(questions=24, tokens=256, averaged=0.7, side=2)
     return [
         TowerLesson("small pictures", model, heads, Pace(600, 4e-3, 16), side=168),
         TowerLesson("whole pictures", model, heads, Pace(400, 3e-3, 4, decay=0.5), side=336),
-        LanguageLesson("questions", model, prompts, Pace(1000, 3e-3, 8, decay=0.2), few),
-        LanguageLesson("all together", model, prompts, Pace(600, 2e-3, 4, decay=0.8), both, heads),
+        LanguageLesson("questions", model, prompts, Pace(1000, 2.5e-3, 8, decay=0.5), few, finder),
+        LanguageLesson("all patches", model, prompts, Pace(310, 2e-3, 8, decay=0.8), both, finder),
     ]

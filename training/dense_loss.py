@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vllm_hybrid.demo_model import PATCH_SIZE, VISION_WIDTH
+from vllm_hybrid.demo_scenes import PLACES
 
 from .batches import Batch
 from .dense_labels import BACKGROUND, COLOUR_CLASSES, KIND_CLASSES
-from .scenes import PLACES
 
 # Background patches are many and easy.
 _BACKGROUND_WEIGHT = 0.2

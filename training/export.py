@@ -29,4 +29,4 @@ def trained_weights(folder: StateFolder) -> Weights:
 def export(folder: StateFolder, out: Path) -> Path:
     """Write the checkpoint with processor, tokenizer and thresholds; a checkpoint there is replaced."""
     weights = trained_weights(folder)
-    return write_demo_model(out, force=True, weights=lambda _: weights)
+    return write_demo_model(out, force=True, weights=lambda: weights)

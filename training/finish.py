@@ -8,7 +8,7 @@ from .export import export
 from .measure import report
 from .state import StateFolder
 
-_PICTURES, _BLANK_PICTURES = 150, 50
+_PICTURES, _BLANK_PICTURES = 400, 100
 
 
 def finish(folder: StateFolder) -> None:

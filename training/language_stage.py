@@ -1,4 +1,4 @@
-"""Later stages: the decoder, on a tower that stands still or learns along."""
+"""Later stages: projector and decoder, on a tower that stands still."""
 
 from __future__ import annotations
 
@@ -10,77 +10,84 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vllm_hybrid.demo_scenes import draw_scene
+
+from .alignment import Words, alignment, shown_patches
 from .batches import Batch, dense_batch
-from .dense_loss import DenseHeads
+from .finder import Finder
 from .lessons import Pace
 from .network import TowerFeatures, normalised
 from .packed_decoder import PackedDecoder
 from .prompts import NO_LOSS, Prompts
 from .questions import TASKS, ask
-from .scenes import draw_scene
-from .tower_stage import HELD_OUT, tower_parameters
+from .tower_stage import HELD_OUT
 
 _EXAM_BATCHES = 6
-_DENSE_SHARE = 0.3
+# Batches whose prompts begin without <s>: transformers puts it there, vLLM's chats leave it out.
+_BARE_SHARE = 0.5
+_FINDER_SHARE, _ALIGNMENT_SHARE = 1.0, 0.2
 
 
 @dataclass(frozen=True)
 class Asking:
-    """Questions asked of a picture, tokens they may take, share of batches with averaged patches."""
+    """Questions asked of a picture, tokens they may take, share of batches in which patches are averaged.
+
+    ``side`` is that of the squares of patches that are averaged then.
+    """
 
     questions: int
     tokens: int
-    pooled: float
+    averaged: float
+    side: int = 2
 
 
 class LanguageLesson:
-    """Questions on pictures as the model is served them, answers the only target."""
+    """Questions on pictures as the model is served them."""
 
     def __init__(
-        self,
-        name: str,
-        model: Any,
-        prompts: Prompts,
-        pace: Pace,
-        asking: Asking,
-        heads: DenseHeads | None = None,
+        self, name: str, model: Any, prompts: Prompts, pace: Pace, asking: Asking, finder: Finder
     ) -> None:
-        """Make the lesson; with ``heads`` the tower learns along and keeps its own lessons."""
         self.name, self.pace = name, pace
-        self._asking, self._heads, self._prompts = asking, heads, prompts
+        self._asking, self._finder, self._prompts = asking, finder, prompts
+        self._words = Words(prompts)
         self._features, self._decoder = TowerFeatures(model), PackedDecoder(model, prompts.head)
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """The decoder's and, if it learns along, the tower's."""
-        tower = [] if self._heads is None else tower_parameters(self._features, self._heads)
-        return [*self._decoder.named_parameters(), *tower]
+        """The projector's, the decoder's and the finder's."""
+        finder = [(f"finder.{name}", p) for name, p in self._finder.named_parameters()]
+        return [*self._decoder.named_parameters(), *finder]
 
     def batch(self, seed: list[int]) -> Batch:
-        """Pictures, dense labels, packed questions and whether to average patches."""
+        """Pictures, dense labels, packed questions and the side of the squares of patches to average."""
         seeds = [[*seed, i] for i in range(self.pace.pictures)]
         scenes = [draw_scene(each) for each in seeds]
         asked = [
             ask(scene, self._asking.questions, [*each, 1]) for scene, each in zip(scenes, seeds, strict=True)
         ]
-        chance = torch.rand(1, generator=torch.Generator().manual_seed(seed[-1]))
+        chance, other = torch.rand(2, 1, generator=torch.Generator().manual_seed(seed[-1]))
         packed = self._prompts.pack(asked, self._asking.tokens)
-        return dense_batch(scenes) | packed | {"pooled": chance < self._asking.pooled}
+        side = torch.where(chance < self._asking.averaged, self._asking.side, 1)
+        return dense_batch(scenes) | packed | {"side": side, "bare": other < _BARE_SHARE}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Cross entropy of the answers' tokens, and a share of the tower's loss if it learns along."""
-        pixels = normalised(batch["pixels"])
-        with torch.set_grad_enabled(self._heads is not None and torch.is_grad_enabled()):
-            features = self._features(pixels)
-        logits, targets = self._decoder(features[:, 1:], batch, bool(batch["pooled"]))
-        loss = functional.cross_entropy(logits, targets)
+        """Cross entropy of the answers' tokens, and shares of the finder's and the alignment's losses."""
+        with torch.no_grad():
+            patches = self._features(normalised(batch["pixels"]))[:, 1:]
+        logits, targets, halfway = self._decoder(patches, batch, int(batch["side"]))
+        answer = functional.cross_entropy(logits, targets)
+        finding, found = self._finder(halfway, batch["cells"][batch["described"]])
+        loss = answer + _FINDER_SHARE * finding + _ALIGNMENT_SHARE * self._alignment(patches, batch)
         figures = {
             "tokens": float((logits.argmax(-1) == targets).float().mean()),
-            "answer": float(loss.detach()),
+            "found": found,
+            "answer": float(answer.detach()),
         }
-        if self._heads is not None:
-            dense, right = self._heads(features, batch, pixels)
-            loss, figures = loss + _DENSE_SHARE * dense, figures | right
         return loss, figures
+
+    def _alignment(self, patches: Tensor, batch: Batch) -> Tensor:
+        shown = shown_patches(batch)
+        projected = self._decoder.projector(patches[shown[:, 0], shown[:, 1]])
+        return alignment(projected, shown, batch, self._words, self._decoder.decoder.embed_tokens.weight)
 
     @torch.no_grad()
     def examine(self, rank: int) -> dict[str, tuple[float, int]]:
@@ -92,14 +99,14 @@ class LanguageLesson:
 
 @torch.no_grad()
 def examine(
-    features: TowerFeatures, decoder: PackedDecoder, batches: list[Batch], blank: bool = False
+    features: TowerFeatures, decoder: PackedDecoder, batches: Iterable[Batch], blank: bool = False
 ) -> dict[str, tuple[float, int]]:
     """Right answers and questions by task; ``blank`` shows a grey picture instead."""
     right, count = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
     for batch in batches:
         pixels = normalised(batch["pixels"])
         seen = features(torch.zeros_like(pixels) if blank else pixels)[:, 1:]
-        logits, targets = decoder(seen, batch, bool(batch["pooled"]))
+        logits, targets, _ = decoder(seen, batch, int(batch["side"]))
         wrong = torch.zeros(batch["targets"].shape)
         wrong[batch["targets"] != NO_LOSS] = (logits.argmax(-1) != targets).float()
         for row, blocks in enumerate(batch["blocks"]):

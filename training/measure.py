@@ -1,4 +1,8 @@
-"""Exact answers by task, through transformers alone: python -m training.measure CHECKPOINT."""
+"""Exact answers by task on held-out pictures, all patches seen: python -m training.measure CHECKPOINT.
+
+An answer is exact if each of its tokens, and the end, is the likeliest one after those before it: then it
+would be written so, without sampling.
+"""
 
 from __future__ import annotations
 
@@ -8,72 +12,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from .prompts import chat
-from .questions import TASKS, Question, ask
-from .scenes import draw_scene
+from vllm_hybrid.demo_scenes import draw_scene
+
+from .batches import Batch, dense_batch
+from .language_stage import examine
+from .network import TowerFeatures
+from .packed_decoder import PackedDecoder
+from .prompts import Prompts
+from .questions import TASKS, ask
 from .tower_stage import HELD_OUT
 
 # Held-out pictures that no look during training has seen either.
 _SERIES = 1000
 HEADLINE = ("colour", "shape", "place", "presence", "glyph")
-_BLANK = (122, 116, 104)
+_QUESTIONS, _TOKENS, _AT_ONCE = 24, 256, 4
 
 Shares = dict[str, dict[str, float]]
 
 
-class Answerer:
-    """A checkpoint in float32 that answers as a server would, greedily."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-        self._processor: Any = AutoProcessor.from_pretrained(checkpoint)
-        self._model: Any = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-        self._model.eval()
-
-    @torch.no_grad()
-    def answer(self, picture: Image.Image, question: Question) -> str:
-        """The answer's text; it is cut off where it is longer than the right one."""
-        tokenizer = self._processor.tokenizer
-        prompt = tokenizer.apply_chat_template(
-            chat(question.text), tokenize=False, add_generation_prompt=True
-        )
-        inputs = self._processor(images=picture, text=prompt, return_tensors="pt")
-        longest = len(tokenizer(question.answer)["input_ids"]) + 1
-        made = self._model.generate(**inputs, do_sample=False, max_new_tokens=longest)
-        return tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-
-def measure(checkpoint: Path, pictures: int, blank: bool, questions: int = 10) -> Shares:
+def measure(checkpoint: Path, pictures: int, blank: bool) -> Shares:
     """Share of exact answers by task on held-out pictures.
 
     Args:
-        checkpoint: in the hub's LLaVA-1.5 format.
-        pictures: how many; of each, ``questions`` are asked.
+        checkpoint: in the hub's LLaVA-1.5 format; it is run in float32.
+        pictures: how many; of each, ten to fifteen questions are asked, and prompts begin with <s> for every
+            other four pictures.
         blank: show a picture of one colour, the mean of the tower's normalisation, instead.
-        questions: of each picture at most.
 
     Returns:
         right, asked and share by task, by "all" tasks and by the "headline" ones together.
 
     """
-    answerer = Answerer(checkpoint)
-    right, asked = dict.fromkeys(TASKS, 0), dict.fromkeys(TASKS, 0)
-    for number in range(pictures):
-        seed = [HELD_OUT, _SERIES, number]
-        scene = draw_scene(seed)
-        shown = Image.new("RGB", scene.pixels.shape[:2], _BLANK) if blank else Image.fromarray(scene.pixels)
-        for question in ask(scene, questions, [*seed, 1]):
-            asked[question.task] += 1
-            right[question.task] += answerer.answer(shown, question) == question.answer
+    from transformers import LlavaForConditionalGeneration
+
+    model: Any = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    prompts = Prompts(checkpoint)
+    batches = (
+        _batch(prompts, first, min(_AT_ONCE, pictures - first)) for first in range(0, pictures, _AT_ONCE)
+    )
+    found = examine(TowerFeatures(model), PackedDecoder(model, prompts.head), batches, blank)
     groups = {task: (task,) for task in TASKS} | {"headline": HEADLINE, "all": TASKS}
-    return {name: _share(tasks, right, asked) for name, tasks in groups.items()}
+    return {name: _share([found[task] for task in tasks]) for name, tasks in groups.items()}
 
 
-def _share(tasks: tuple[str, ...], right: dict[str, int], asked: dict[str, int]) -> dict[str, float]:
-    hits, total = sum(right[task] for task in tasks), sum(asked[task] for task in tasks)
+def _batch(prompts: Prompts, first: int, count: int) -> Batch:
+    seeds = [[HELD_OUT, _SERIES, number] for number in range(first, first + count)]
+    scenes = [draw_scene(seed) for seed in seeds]
+    asked = [ask(scene, _QUESTIONS, [*seed, 1]) for scene, seed in zip(scenes, seeds, strict=True)]
+    bare = torch.tensor(first // _AT_ONCE % 2 == 1)
+    return dense_batch(scenes) | prompts.pack(asked, _TOKENS) | {"side": torch.tensor(1), "bare": bare}
+
+
+def _share(found: list[tuple[float, int]]) -> dict[str, float]:
+    hits, total = sum(right for right, _ in found), sum(asked for _, asked in found)
     return {"right": hits, "asked": total, "share": round(hits / max(total, 1), 4)}
 
 
@@ -89,11 +81,9 @@ def main() -> None:
     """Read the command line and print the shares as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--pictures", type=int, default=150)
-    parser.add_argument("--blank-pictures", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--blank-pictures", type=int, default=100)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     print(json.dumps(report(options.checkpoint, options.pictures, options.blank_pictures), indent=2))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,19 @@ def _attention(
 AttentionInterface.register(_ATTENTION, _attention)
 
 
+class Read(NamedTuple):
+    """What :class:`PackedDecoder` gives."""
+
+    logits: Tensor
+    targets: Tensor
+    halfway: Tensor
+
+
 class PackedDecoder(nn.Module):
     """Projector and decoder."""
 
     def __init__(self, model: Any, head: list[int]) -> None:
-        """Share the model's parameters; ``head`` are the prompt's ids before the picture."""
+        """Share the model's parameters; ``head`` are the prompt's ids before the picture, <s> the first."""
         super().__init__()
         self.projector = model.model.multi_modal_projector
         self.decoder = model.model.language_model
@@ -47,53 +55,63 @@ class PackedDecoder(nn.Module):
         self.lm_head = model.lm_head
         self._head = torch.tensor(head)
 
-    def forward(self, features: Tensor, batch: dict[str, Tensor], pool: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, batch: dict[str, Tensor], side: int = 1) -> Read:
         """Logits wherever the batch has targets.
 
         Args:
             features: the tower's of the patches, float32 [batch, patches, width].
-            batch: of :meth:`training.prompts.Prompts.pack`.
-            pool: average 2 x 2 patches; a token then stands for four, at their mean position.
+            batch: of :meth:`training.prompts.Prompts.pack`; where it says "bare", prompts begin without <s>,
+                as those of vLLM's chats do.
+            side: average squares of so many patches a side; a token then stands for all of them, at their
+                mean position.
 
         Returns:
-            Logits [targets, vocabulary] and the targets int64 [targets].
+            Logits [targets, vocabulary], the targets int64 [targets], and the residual stream half way up of
+            the tokens that the batch calls described [described, width].
 
         """
         positions = torch.arange(PATCHES, dtype=torch.float32)
-        if pool:
-            features, positions = _pooled(features), _pooled(positions[None, :, None])[0, :, 0]
-        hidden, places = self._embed(features, positions, batch)
-        mask = _mask(batch["blocks"], len(self._head), len(positions))
+        if side > 1:
+            features = _averaged(features, side)
+            positions = _averaged(positions[None, :, None], side)[0, :, 0]
+        head = self._head[1:] if bool(batch.get("bare", False)) else self._head
+        hidden, places = self._embed(head, features, positions, batch)
+        mask = _mask(batch["blocks"], len(head), len(positions))
         rotations = self.decoder.rotary_emb(hidden, places)
-        for layer in self.decoder.layers:
+        halfway = hidden
+        for number, layer in enumerate(self.decoder.layers, 1):
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotations)
+            if number == len(self.decoder.layers) // 2:
+                halfway = hidden[:, -batch["ids"].shape[1] :][batch["described"]]
         asked = batch["targets"] != NO_LOSS
         read = self.decoder.norm(hidden[:, -asked.shape[1] :][asked])
-        return self.lm_head(read), batch["targets"][asked]
+        return Read(self.lm_head(read), batch["targets"][asked], halfway)
 
-    def _embed(self, features: Tensor, positions: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        count, start = len(features), len(self._head)
+    def _embed(
+        self, head: Tensor, features: Tensor, positions: Tensor, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        count, start = len(features), len(head)
         embed = self.decoder.embed_tokens
         parts = [
-            embed(self._head).expand(count, -1, -1),
+            embed(head).expand(count, -1, -1),
             self.projector(features),
             embed(batch["ids"]),
         ]
         before = torch.cat([torch.arange(start, dtype=torch.float32), start + positions])
-        after = text_start(self._head.tolist()) + batch["positions"].float()
+        after = text_start(head.tolist()) + batch["positions"].float()
         return torch.cat(parts, 1), torch.cat([before.expand(count, -1), after], 1)
 
 
-def _pooled(patches: Tensor) -> Tensor:
-    """Averages of 2 x 2 patches, [batch, patches, width] to [batch, patches / 4, width]."""
+def _averaged(patches: Tensor, side: int) -> Tensor:
+    """Averages of squares of patches, [batch, patches, width] to [batch, patches / side^2, width]."""
     grid = patches.transpose(1, 2).unflatten(-1, (GRID, GRID))
-    return functional.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+    return functional.avg_pool2d(grid, side).flatten(2).transpose(1, 2)
 
 
 def _mask(blocks: Tensor, head: int, picture: int) -> Tensor:
     """What is added to the scores of the rows after the picture [batch, 1, text, head + picture + text].
 
-    A token that stands for four patches counts four times, as it would if they were all there.
+    A token that stands for several patches counts so many times, as it would if they were all there.
     """
     count, text = blocks.shape
     causal = torch.ones(text, text, dtype=torch.bool).tril()

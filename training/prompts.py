@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_hybrid.demo_model import PATCHES
+from vllm_hybrid.demo_scenes import PLACES
 from vllm_hybrid.demo_tokenizer import IMAGE_ID, write_tokenizer
 
 from .questions import TASKS, Question
@@ -26,10 +27,14 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Block:
-    """A question's tokens after the picture, the answer and the end included, and where the answer starts."""
+    """A question's tokens after the picture, the answer and the end included.
+
+    ``answer`` is where the answer starts, ``described`` the first token that knows what is asked about.
+    """
 
     ids: list[int]
     answer: int
+    described: int
 
 
 class Prompts:
@@ -51,13 +56,21 @@ class Prompts:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         return self._tokenizer(text)["input_ids"]
 
-    def _block(self, text: str, answer: str) -> Block:
+    def last_token(self, text: str) -> int:
+        """The id of a text's last token."""
+        return self._tokenizer(text)["input_ids"][-1]
+
+    def _block(self, text: str, answer: str, described: int = 0) -> Block:
         prompt = self._ids(chat(text), True)
         whole = self._ids([*chat(text), {"role": "assistant", "content": answer}], False)
         if whole[: len(prompt)] != prompt:
             raise ValueError(f"the answer changes the prompt's tokens: {text!r}, {answer!r}")
         start = len(self.head) + 1
-        return Block(whole[start:], len(prompt) - start)
+        known = self._ids(chat(text[:described]), True)
+        # The cut prompt's end is not the whole one's; what both share ends with the description.
+        differing = (i for i, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b)
+        shared = next(differing, len(prompt))
+        return Block(whole[start:], len(prompt) - start, shared - 1 - start)
 
     def pack(self, questions: list[list[Question]], length: int) -> dict[str, Tensor]:
         """Blocks of each picture's questions side by side, as many as fit.
@@ -68,17 +81,20 @@ class Prompts:
 
         Returns:
             ids, positions (after the picture), blocks (number, -1 where there is none), targets (the next
-            token where it is the answer's, else -100), tasks (number), int64 [pictures, length].
+            token where it is the answer's, else -100), tasks (number), int64 [pictures, length]; described
+            (whether the token knows what is asked about and is not the answer's), bool [pictures, length];
+            cells (whether a thing that is asked about is there), float32 [pictures, length, cells].
 
         """
         shape = (len(questions), length)
         ids, positions, targets = (np.zeros(shape, np.int64) for _ in range(3))
         blocks, tasks = np.full(shape, PADDING, np.int64), np.zeros(shape, np.int64)
+        described, cells = np.zeros(shape, np.bool_), np.zeros((*shape, len(PLACES)), np.float32)
         targets[:] = NO_LOSS
         for row, asked in enumerate(questions):
             end = 0
             for number, question in enumerate(asked):
-                block = self.block(question.text, question.answer)
+                block = self.block(question.text, question.answer, question.described)
                 size = len(block.ids) - 1
                 if end + size > length:
                     continue
@@ -86,8 +102,11 @@ class Prompts:
                 ids[own], positions[own], blocks[own] = block.ids[:-1], np.arange(size), number
                 targets[row, end + block.answer - 1 : end + size] = block.ids[block.answer :]
                 tasks[own] = TASKS.index(question.task)
+                described[row, end + block.described : end + block.answer] = True
+                cells[row, end : end + size, question.cells] = 1
                 end += size
         made = {"ids": ids, "positions": positions, "blocks": blocks, "targets": targets, "tasks": tasks}
+        made |= {"described": described, "cells": cells}
         return {name: torch.from_numpy(array) for name, array in made.items()}
 
 

@@ -7,18 +7,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scenes import COLOURS, DIGITS, KINDS, LETTERS, PLACES, SHAPES, Scene, Thing
+from vllm_hybrid.demo_scenes import COLOURS, DIGITS, KINDS, LETTERS, PLACES, SHAPES, Scene, Thing
 
 NUMBERS = ("one", "two", "three", "four")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its only right answer and its task."""
+    """A question, its only right answer and its task.
+
+    Attributes:
+        task: one of TASKS.
+        text: the question.
+        answer: the right answer.
+        cells: where the things are that the question speaks of.
+        described: characters of the text up to where it has said which things those are.
+
+    """
 
     task: str
     text: str
     answer: str
+    cells: tuple[int, ...] = ()
+    described: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,13 @@ def ask(scene: Scene, count: int, seed: list[int], tasks: tuple[str, ...] = TASK
     return list(asked.values())
 
 
+def _question(scene: Scene, task: str, text: str, of: Description, answer: str, words: str = "") -> Question:
+    """A question with {} where ``words`` go, by default the description's own."""
+    words = words or str(of)
+    cells = tuple(thing.cell for thing in scene.things if of.fits(thing))
+    return Question(task, text.format(words), answer, cells, text.index("{}") + len(words))
+
+
 def _pick(rng: np.random.Generator, options: list[Description]) -> Description | None:
     return options[int(rng.integers(len(options)))] if options else None
 
@@ -124,7 +142,7 @@ def _colour(scene: Scene, rng: np.random.Generator) -> Question | None:
     options = [Description(kind=thing.kind), Description(cell=thing.cell), Description(kind=family(thing))]
     of = _pick(rng, [each for each in options if _only(scene, each)])
     text = _wording(rng, "What colour is the {}?", "What is the colour of the {}?", "What color is the {}?")
-    return Question("colour", text.format(of), thing.colour)
+    return None if of is None else _question(scene, "colour", text, of, thing.colour)
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -134,7 +152,7 @@ def _shape(scene: Scene, rng: np.random.Generator) -> Question | None:
     options = [Description(colour=thing.colour), Description(cell=thing.cell)]
     of = _pick(rng, [each for each in options if _only(scene, each)])
     text = _wording(rng, "What shape is the {}?", "What is the shape of the {}?")
-    return Question("shape", text.format(of), thing.kind)
+    return None if of is None else _question(scene, "shape", text, of, thing.kind)
 
 
 def _place(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -147,7 +165,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> Question | None:
         Description(kind=family(thing)),
     ]
     of = _pick(rng, [each for each in options if _only(scene, each)])
-    return None if of is None else Question("place", f"Where is the {of}?", thing.place)
+    return None if of is None else _question(scene, "place", "Where is the {}?", of, thing.place)
 
 
 def _glyph(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -156,13 +174,13 @@ def _glyph(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     kind = family(thing)
     if rng.random() < 0.4 and _only(scene, Description(kind=kind)):
-        text = _wording(rng, "Which {} is in the picture?", "Read the {}.", "Which {} is it?").format(kind)
-        return Question("glyph", text, thing.kind)
-    if rng.random() < 0.5 and _only(scene, Description(colour=thing.colour, kind=kind)):
-        return Question("glyph", f"Which {kind} is {thing.colour}?", thing.kind)
-    place = at(thing.place)
-    text = _wording(rng, f"Which {kind} is {place}?", f"What is written {place}?")
-    return Question("glyph", text, thing.kind)
+        text = _wording(rng, "Which {} is in the picture?", "Read the {}.", "Which {} is it?")
+        return _question(scene, "glyph", text, Description(kind=kind), thing.kind)
+    of = Description(colour=thing.colour, kind=kind)
+    if rng.random() < 0.5 and _only(scene, of):
+        return _question(scene, "glyph", f"Which {kind} is {{}}?", of, thing.kind, thing.colour)
+    text = _wording(rng, f"Which {kind} is {{}}?", "What is written {}?")
+    return _question(scene, "glyph", text, Description(cell=thing.cell), thing.kind, at(thing.place))
 
 
 def _presence(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -186,7 +204,8 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Question | None:
         )[form]
         if any(map(description.fits, scene.things)) == there:
             text = _wording(rng, "Is there {}?", "Is there {} in the picture?")
-            return Question("presence", text.format(_a(str(description))), "Yes" if there else "No")
+            answer = "Yes" if there else "No"
+            return _question(scene, "presence", text, description, answer, _a(str(description)))
     return None
 
 
@@ -206,14 +225,15 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
     words = str(options[chosen])
     words = words.replace("cross", plural) if plural != "s" else words + plural
     text = _wording(rng, "How many {} are there?", "How many {} are in the picture?")
-    return Question("count", text.format(words), NUMBERS[counts[chosen] - 1])
+    return _question(scene, "count", text, options[chosen], NUMBERS[counts[chosen] - 1], words)
 
 
 def _caption(scene: Scene, rng: np.random.Generator) -> Question | None:
     parts = [f"{_a(f'{t.colour} {t.name}')} {at(t.place)}" for t in scene.things]
     told = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     text = _wording(rng, "Describe the picture.", "What is in the picture?", "What do you see?")
-    return Question("caption", text, told[0].upper() + told[1:] + ".")
+    cells = tuple(thing.cell for thing in scene.things)
+    return Question("caption", text, told[0].upper() + told[1:] + ".", cells, len(text))
 
 
 _ASKERS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {

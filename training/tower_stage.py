@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_hybrid.demo_scenes import draw_scene
+
 from .batches import Batch, dense_batch
 from .dense_loss import DenseHeads
 from .lessons import Pace
 from .network import GRID, TowerFeatures, normalised
-from .scenes import draw_scene
 
 TRAIN, HELD_OUT = 1, 2
 _EXAM_BATCHES = 3

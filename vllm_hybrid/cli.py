@@ -48,18 +48,22 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def demo_model(
     out: Out,
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    random: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Random weights of this seed, not the trained ones.")
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Write a small LLaVA-1.5-shaped checkpoint with random weights, and pictures to send to it."""
-    from .demo_model import write_demo_model
+    """Write a small trained checkpoint of LLaVA-1.5's shape, and pictures to send to it."""
+    from .demo_model import random_weights, trained_weights, write_demo_model
     from .folders import check_target
 
     # Before anything is loaded or a bar is shown.
     check_target(out.absolute(), force)
     with _progress() as progress:
-        write_demo_model(out, seed, force, progress=progress)
-    print(f"{out}: a demo checkpoint (random weights: its answers make no sense); serve it with")
+        weights = trained_weights if random is None else lambda: random_weights(random)
+        write_demo_model(out, force, weights, progress)
+    kind = "it knows coloured shapes, letters and digits" if random is None else "its answers make no sense"
+    print(f"{out}: a demo checkpoint ({kind}); serve it with")
     print(f"  vllm serve {out}")
 
 

@@ -1,8 +1,9 @@
 """A small LLaVA-1.5-shaped checkpoint, made on the spot: what the server needs, without a download.
 
 Everything but the size is LLaVA-1.5's: a CLIP tower at 336 pixels with 576 patches, a two-layer projector, a
-Llama decoder, file layout, key names, prompt format. The weights are random, scaled so that attention is
-peaky and the answer depends on the picture; the answers are words without sense.
+Llama decoder, file layout, key names, prompt format. The weights ship with the package; ``training/`` made
+them, from scratch, on the pictures of :mod:`vllm_hybrid.demo_scenes`. Random ones, scaled so that attention
+is peaky and the answer depends on the picture, can take their place; their answers are words without sense.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .calibrating import Progress, calibrate
 from .checkpoint import ARCHITECTURE, load_tower
 from .demo_pictures import write_pictures
+from .demo_scenes import draw_scene
 from .demo_tokenizer import (
     BOS,
     CONTEXT,
+    EMBEDDED,
     EOS,
     FIRST_PIECE,
     IMAGE_ID,
@@ -41,25 +45,32 @@ HEAD_SIZE = 64
 LEVELS = {"low": 94, "mid": 195, "high": 394}
 DEFAULT_LEVEL = "mid"
 FASTV_LAYER, FASTV_RATIO = 2, 0.5
-CALIBRATION_SEEDS = 3
+# Series of scenes that neither training nor any examination draws from.
+CALIBRATION_SERIES, SHIPPED_SERIES = 3, 4
+CALIBRATION_SCENES, SHIPPED_SCENES = 128, 8
 
 Weights = dict[str, Tensor]
 
 
+def trained_weights() -> Weights:
+    """The weights that ship, bf16, by the names of llava-1.5-7b-hf."""
+    from safetensors.torch import load_file
+
+    return load_file(EMBEDDED / "model.safetensors")
+
+
 def write_demo_model(
     out: str | Path,
-    seed: int = 0,
     force: bool = False,
-    weights: Callable[[int], Weights] | None = None,
+    weights: Callable[[], Weights] = trained_weights,
     progress: Progress | None = None,
 ) -> Path:
     """Write the demo checkpoint: configuration, tokenizer, processor, weights, thresholds, pictures.
 
     Args:
         out: folder to write; it appears when it is complete.
-        seed: of the random weights.
         force: replace a checkpoint that is already there.
-        weights: makes the weights from the seed, by the names of :func:`random_weights`.
+        weights: gives the weights, by the names of llava-1.5-7b-hf.
         progress: called as progress(stage, done, total) while the thresholds are calibrated.
 
     Returns:
@@ -74,15 +85,23 @@ def write_demo_model(
     with complete_folder(out, force) as folder:
         write_tokenizer(folder)
         _write_processor(folder)
-        made = {
-            name: t.to(torch.bfloat16).contiguous() for name, t in (weights or random_weights)(seed).items()
-        }
+        made = {name: t.to(torch.bfloat16).contiguous() for name, t in weights().items()}
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / "generation_config.json", _special_ids())
         write_json(folder / "config.json", config(None))
         write_pictures(folder / "pictures")
+        write_scenes(folder / "pictures", SHIPPED_SERIES, SHIPPED_SCENES)
         write_json(folder / "config.json", config(_hybrid_section(folder, progress)))
     return Path(out)
+
+
+def write_scenes(folder: Path, series: int, count: int) -> list[Path]:
+    """Write scenes of a series as ``scene-NUMBER.png`` into a folder that is made; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"scene-{number}.png" for number in range(count)]
+    for number, file in enumerate(files):
+        Image.fromarray(draw_scene([series, number]).pixels).save(file)
+    return files
 
 
 def config(hybrid: dict[str, Any] | None) -> dict[str, Any]:
@@ -135,10 +154,7 @@ def config(hybrid: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def random_weights(seed: int) -> Weights:
-    """Random weights in float32, by the names of llava-1.5-7b-hf; the same ones for the same seed.
-
-    The only part to replace for a trained model of this shape.
-    """
+    """Random weights in float32, by the names of llava-1.5-7b-hf; the same ones for the same seed."""
     made = _Random(seed)
     _add_tower(made)
     made.linear("multi_modal_projector.linear_1", WIDTH, VISION_WIDTH, gain=1.5, bias=0.1)
@@ -222,10 +238,10 @@ def _add_decoder(made: _Random) -> None:
 
 
 def _hybrid_section(folder: Path, progress: Progress | None) -> dict[str, Any]:
-    """The ``hybrid`` section, its thresholds calibrated on the pictures that ship."""
+    """The ``hybrid`` section, its thresholds calibrated on scenes."""
     tower, image_processor = load_tower(folder)
     pictures = folder / "calibration"
-    files = write_pictures(pictures, CALIBRATION_SEEDS)
+    files = write_scenes(pictures, CALIBRATION_SERIES, CALIBRATION_SCENES)
     levels = {
         name: calibrate(tower, image_processor, files, tokens, batch_size=len(files), progress=progress)
         for name, tokens in LEVELS.items()

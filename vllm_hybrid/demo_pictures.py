@@ -1,4 +1,4 @@
-"""Pictures drawn by code, from a plain wall to noise: the demo model is calibrated on them.
+"""Pictures drawn by code, from a plain wall to noise, to send to a server.
 
 The same seed draws the same pictures (text as far as Pillow's built-in font is the same).
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ IMAGE_ID, PAD_ID = PIECES, PIECES + 1
 # Ids up to here are <unk>, <s>, </s> and one for every byte.
 FIRST_PIECE = 3 + 256
 CONTEXT = 4096
+
+# What ships of the demo model: its weights, and the tokenizer that they were trained with.
+EMBEDDED = Path(__file__).parent / "embedded"
 
 # As LLaVA-1.5's prompts go: "USER: <image>\nquestion ASSISTANT: answer</s>USER: ...". Contents may be strings
 # or lists of parts; a message's images stand before its text.
@@ -79,7 +83,10 @@ def sentences(count: int = 6000, seed: int = 0) -> list[str]:
 
 
 def train() -> bytes:
-    """Train the sentencepiece model; returns its file's content."""
+    """Train a sentencepiece model as the one that ships was; returns its file's content.
+
+    Another version of sentencepiece may choose other pieces, which the trained weights would not know.
+    """
     import sentencepiece
 
     model = io.BytesIO()
@@ -110,7 +117,7 @@ def write_tokenizer(folder: Path) -> None:
     """
     from transformers import AddedToken, LlamaTokenizer
 
-    (folder / "tokenizer.model").write_bytes(train())
+    shutil.copyfile(EMBEDDED / "tokenizer.model", folder / "tokenizer.model")
     names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     settings = {
         "tokenizer_class": "LlamaTokenizer",

@@ -46,6 +46,8 @@ class HoleReclaim(_Scheduler):
         # Kept longer than the encoder cache keeps features: a cached image is not counted again.
         self.live_counts: OrderedDict[str, int] = OrderedDict()
         self.given_back: set[str] = set()
+        # Requests whose images are in the totals, also while they wait to be computed again.
+        self.counted: set[str] = set()
         self.totals: Counter[str] = Counter()
         self.reported: Counter[str] = Counter()
 
@@ -138,7 +140,8 @@ class HoleReclaim(_Scheduler):
         if not done:
             return
         self.given_back.add(request.request_id)
-        if request.num_preemptions == 0:
+        if request.request_id not in self.counted:
+            self.counted.add(request.request_id)
             self._count(request)
 
     def _count(self, request: Request) -> None:
@@ -151,6 +154,8 @@ class HoleReclaim(_Scheduler):
     def _free_request_blocks(self, request: Request) -> None:
         """Forget a finished or preempted request's holes with its blocks."""
         self.given_back.discard(request.request_id)
+        if request.is_finished():
+            self.counted.discard(request.request_id)
         super()._free_request_blocks(request)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

@@ -6,7 +6,6 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
 from .attention import HybridMetadata, Implementation
 from .choosing import choose
@@ -21,6 +20,7 @@ from .planning import (
     to_device,
     true_places,
 )
+from .ranks import sum_over_ranks
 from .unmerging import TierBatch, page_rows
 
 
@@ -98,12 +98,9 @@ class Step:
         if self.images is None:
             return lower
         assert batch.mass is not None, "the ranking layer runs before the choice"
-        mass = batch.mass
-        if get_tensor_model_parallel_world_size() > 1:
-            mass = tensor_model_parallel_all_reduce(mass)
-        importance = mass / heads
+        importance = sum_over_ranks(batch.mass) / heads
         # A prompt may end in an image; the row that answers for its last position has to live on.
-        last = to_device([self.query_start[r + 1] - 1 for r in batch.ranked], mass.device)
+        last = to_device([self.query_start[r + 1] - 1 for r in batch.ranked], importance.device)
         importance.index_fill_(0, lower.row_of[last], float("inf"))
         is_image = lower.image >= 0
         image_rows = true_places(is_image, sum(self.images.counts))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.clip import CLIPAttention, CLIPVisionModel
 
 from . import cpu_attention
 from .merging import PackedTokens, live_rows, log_size_bias, merge, pad, unpad
+from .ranks import sum_over_ranks
 
 
 @dataclass
@@ -74,7 +74,7 @@ def _attend(
         return out, out
     metric = parts[1].float().sum(dim=-2)
     if attention.tp_size > 1:
-        metric = tensor_model_parallel_all_reduce(metric)
+        metric = sum_over_ranks(metric)
     return out, metric / (heads * attention.tp_size)
 
 

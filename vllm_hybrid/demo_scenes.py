@@ -1,6 +1,7 @@
 """Synthetic pictures: a few large coloured shapes, letters and digits on plain to cluttered backgrounds.
 
-Every thing lies in a cell of its own of a 3 x 3 grid, so that where it is has a name.
+The demo model is trained, calibrated and examined on them. Every thing lies in a cell of its own of a 3 x 3
+grid, so that where it is has a name.
 """
 
 from __future__ import annotations
