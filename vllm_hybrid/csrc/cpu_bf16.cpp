@@ -1,12 +1,14 @@
-// Attention of many queries in bf16, on CPUs whose dot products take bf16 pairs (AVX512-BF16).
+// Attention of many queries in bf16, on CPUs whose dot products take bf16 pairs (AVX512-BF16, AMX).
 //
 // One task is one sequence and one key/value head. Its keys and values are gathered and rotated once, into
-// the order in which the dot products eat them; then six queries at a time meet all keys they see: scores,
-// softmax, weighted values. Nothing is expanded in memory beyond one head of one sequence, which stays in
+// the order in which the dot products eat them; then a block of queries at a time meets all keys they see:
+// scores, softmax, weighted values. Nothing is expanded in memory beyond one head of one sequence, which stays in
 // the cache. Sums are float32; queries, keys, values and softmax weights are bf16, as in any bf16 kernel.
 //
 // The Python side (vllm_hybrid/cpu_attention.py) documents shapes and meaning of every argument.
 #include "cpu_bf16.h"
+
+#include "bf16_tiles.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
@@ -25,12 +27,6 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 using Vec = at::vec::Vectorized<float>;
-
-// Six queries by 64 keys (or channels) are 24 registers of sums, which leaves room for the operands.
-constexpr int64_t kQueries = 6;
-constexpr int64_t kTile = 64;
-constexpr int64_t kLanes = 16;
-constexpr int64_t kVectors = kTile / kLanes;
 
 inline uint16_t* halves(uint32_t* pairs) { return reinterpret_cast<uint16_t*>(pairs); }
 
@@ -93,68 +89,6 @@ struct Packed {
   }
 };
 
-// out[i][j] = q[i] . k[j] for six queries and one tile of keys.
-template <int64_t D>
-inline void score_tile(const uint32_t* q, const uint32_t* k, float* out, int64_t stride) {
-  __m512 sum[kQueries][kVectors];
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < kQueries; ++i) {
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) sum[i][b] = _mm512_setzero_ps();
-  }
-#pragma GCC unroll 1
-  for (int64_t p = 0; p < D / 2; ++p) {
-    __m512i keys[kVectors];
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) keys[b] = _mm512_loadu_si512(k + p * kTile + b * kLanes);
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < kQueries; ++i) {
-      const __m512i query = _mm512_set1_epi32(static_cast<int>(q[i * (D / 2) + p]));
-#pragma GCC unroll 4
-      for (int64_t b = 0; b < kVectors; ++b) {
-        sum[i][b] = _mm512_dpbf16_ps(sum[i][b], (__m512bh)query,
-                                     (__m512bh)keys[b]);
-      }
-    }
-  }
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < kQueries; ++i) {
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) _mm512_storeu_ps(out + i * stride + b * kLanes, sum[i][b]);
-  }
-}
-
-// out[i][c] = sum_j w[i][j] v[j][c] for six queries and 64 channels.
-template <int64_t D>
-inline void mix_tile(const uint32_t* w, int64_t w_stride, const uint32_t* v, int64_t pairs, float* out) {
-  __m512 sum[kQueries][kVectors];
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < kQueries; ++i) {
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) sum[i][b] = _mm512_setzero_ps();
-  }
-#pragma GCC unroll 1
-  for (int64_t j = 0; j < pairs; ++j) {
-    __m512i values[kVectors];
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) values[b] = _mm512_loadu_si512(v + j * D + b * kLanes);
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < kQueries; ++i) {
-      const __m512i weight = _mm512_set1_epi32(static_cast<int>(w[i * w_stride + j]));
-#pragma GCC unroll 4
-      for (int64_t b = 0; b < kVectors; ++b) {
-        sum[i][b] = _mm512_dpbf16_ps(sum[i][b], (__m512bh)weight,
-                                     (__m512bh)values[b]);
-      }
-    }
-  }
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < kQueries; ++i) {
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) _mm512_storeu_ps(out + i * D + b * kLanes, sum[i][b]);
-  }
-}
-
 // Softmax weights of one query over `n` scores (a multiple of 32), of which it sees `seen`, as bf16;
 // returns 1 / their sum. `bias` is added to the scaled scores where it is given.
 inline float weights(float* score, int64_t n, int64_t seen, float scale, const float* bias, uint32_t* to) {
@@ -193,7 +127,7 @@ struct Desk {
   alignas(64) uint32_t pairs[D / 2];
   float over_sum[kQueries];
 
-  // Six queries, packed in `query`, over the first keys; query i sees `seen + i * step` of them, at most
+  // A block of queries, packed in `query`, over the first keys; query i sees `seen + i * step` of them, at most
   // all. The result is left in `mixed`, to be multiplied by `over_sum`.
   void attend(int64_t seen, int64_t step, float scale, const float* bias) {
     const int64_t last = std::min(seen + (kQueries - 1) * step, packed.keys);
@@ -309,6 +243,7 @@ void prefill(const Tensor& query, const Tensor& pages, const Tensor& rows, const
   const int64_t group = query.size(1) / kv_heads;
   const int64_t *q_ptr = query_ptr.data_ptr<int64_t>(), *k_ptr = key_ptr.data_ptr<int64_t>();
   at::parallel_for(0, requests * kv_heads, 1, [&](int64_t begin, int64_t end) {
+    const Tiles tiles;
     Desk<D> desk;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t r = task / kv_heads, h = task % kv_heads;
@@ -338,6 +273,7 @@ void weighed(const Tensor& query, const Tensor& key, const Tensor& value, const 
     return x.data_ptr<BFloat16>() + t * x.stride(0) + h * x.stride(1);
   };
   at::parallel_for(0, sequences * heads, 1, [&](int64_t begin, int64_t end) {
+    const Tiles tiles;
     Desk<D> desk;
     std::vector<float> padded_bias;
     for (int64_t task = begin; task < end; ++task) {
@@ -371,7 +307,7 @@ void weighed(const Tensor& query, const Tensor& key, const Tensor& value, const 
 
 }  // namespace
 
-bool bf16_serves(int64_t head_size) { return head_size == 64 || head_size == 128; }
+bool bf16_serves(int64_t head_size) { return (head_size == 64 || head_size == 128) && tiles_granted(); }
 
 #define BY_HEAD_SIZE(CALL, ...)                        \
   TORCH_CHECK(bf16_serves(query.size(2)), "head size " , query.size(2), " has no bf16 kernel"); \

@@ -2,7 +2,7 @@
 #pragma once
 #include <torch/extension.h>
 
-// Whether this build has the kernels, and they serve a head size.
+// Whether this build has the kernels, the process may use them, and they serve a head size.
 bool bf16_serves(int64_t head_size);
 
 void bf16_prefill(const at::Tensor& query, const at::Tensor& pages, const at::Tensor& rows,
