@@ -38,7 +38,7 @@ from tests.tiny_checkpoints import PATCHES
 from vllm_hybrid.scheduler import LIVE_COUNTS
 from vllm_hybrid.tiers import SPEC_OF_TIER, Tier, tier_block_sizes
 
-LAYERS, LENGTH, PLACEHOLDER = 8, 2048, 7
+LAYERS, PLACEHOLDER = 8, 7
 LIVE = {"blank": 1, "sky": 17, "cat": 90, "street": 311, "crowd": 575, "noise": PATCHES}
 init_none_hash(sha256)
 
@@ -88,12 +88,13 @@ class Bench:
         block_size: int = 16,
         **options: Any,
     ) -> None:
-        usual = {"max_num_seqs": 8, "limit_mm_per_prompt": {"image": 3}, "max_model_len": LENGTH}
+        usual = {"max_num_seqs": 8, "limit_mm_per_prompt": {"image": 3}}
         config = configure(hybrid, **(usual | options))
         config.scheduler_config.async_scheduling = self.ahead = ahead
         config.cache_config.num_gpu_blocks = num_blocks
         self.sizes = block_sizes(hybrid, block_size)
-        longest = sum(-(-config.model_config.max_model_len // size) for size in self.sizes.values())
+        self.length = config.model_config.max_model_len
+        longest = sum(-(-self.length // size) for size in self.sizes.values())
         assert num_blocks > longest, "vLLM starts with no smaller pool"
         config.cache_config.block_size = min(self.sizes.values())
         register_all_kvcache_specs(config)
@@ -188,7 +189,7 @@ class Bench:
         self.audit()
         return output
 
-    def finish(self, limit: int = 1000) -> None:
+    def finish(self, limit: int = 4000) -> None:
         """Step until all requests are answered, and look at the answers and at what is left."""
         for _ in range(limit):
             if not self.scheduler.has_unfinished_requests():
@@ -422,7 +423,7 @@ def test_a_small_pool_loses_nothing(hybrid: dict[str, Any], ahead: bool) -> None
     bench = Bench(hybrid, ahead, num_blocks=87 if hybrid is PRUNES else 65, max_model_len=1024)
     for _ in range(4):
         bench.ask(QUESTION, max_tokens=400)
-    bench.finish(3000)
+    bench.finish()
     assert bench.preemptions() > 0
     assert bench.scheduler.totals["images"] == 4
 
@@ -518,24 +519,25 @@ def test_nothing_switched_on_is_vllms_own_scheduler(ahead: bool) -> None:
         bench.finish()
 
 
-def random_prompt(rng: random.Random) -> Prompt:
+def random_prompt(rng: random.Random, longest: int) -> Prompt:
     """Up to three images with texts around them, of which some begin like others."""
     prompt = Prompt().text(rng.choice([0, 5, 5, 96, 200]))
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
         prompt = prompt.image(rng.choice(list(LIVE))).text(rng.choice([0, 1, 3, 60]), rng.randrange(9))
-    return prompt if 1 < len(prompt.ids) < LENGTH - 64 else random_prompt(rng)
+    return prompt if 1 < len(prompt.ids) <= longest else random_prompt(rng, longest)
 
 
 def random_bench(rng: random.Random, prunes: bool, ahead: bool) -> Bench:
-    """Blocks of any size in a pool that holds one to three of the longest requests."""
-    options: dict[str, Any] = {"max_num_seqs": rng.choice([2, 4, 8])}
+    """Blocks of any size in a pool that holds one or two of the longest requests."""
+    length = rng.choice([1000, 2048])
+    options: dict[str, Any] = {"max_num_seqs": rng.choice([2, 4, 8]), "max_model_len": length}
     hybrid: dict[str, Any] = MERGES
     if prunes:
         hybrid = {"fastv_layer": rng.choice([1, 2, 3, 5, 7]), "fastv_ratio": rng.choice([0.25, 0.5, 0.9])}
     else:
         options["max_num_batched_tokens"] = rng.choice([600, 800, 1500])
     block_size = rng.choice([4, 8, 16, 32])
-    tokens = LENGTH * rng.choice([1, 1.5, 3])
+    tokens = length * rng.choice([1, 1.2, 2])
     bench = Bench(
         hybrid,
         ahead,
@@ -551,13 +553,15 @@ def random_bench(rng: random.Random, prunes: bool, ahead: bool) -> Bench:
 
 @both_schedulers
 @pytest.mark.parametrize("prunes", [True, False], ids=["pruning", "merging"])
-@pytest.mark.parametrize("run", range(20))
+@pytest.mark.parametrize("run", range(30))
 def test_random_traffic(prunes: bool, ahead: bool, run: int, seed: int) -> None:
     rng = random.Random(seed)
     bench = random_bench(rng, prunes, ahead)
+    answer = rng.choice([5, 50, 200])
     while len(bench.requests) < 12:
         if rng.random() < 0.3:
-            bench.ask(random_prompt(rng), rng.randrange(1, 60), rng.randrange(3))
+            prompt = random_prompt(rng, bench.length - answer)
+            bench.ask(prompt, max_tokens=rng.randint(1, answer), priority=rng.randrange(3))
         if rng.random() < 0.03 and bench.scheduler.requests:
             bench.abort(rng.choice(list(bench.scheduler.requests)))
         if rng.random() < 0.02:
