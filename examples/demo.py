@@ -43,7 +43,7 @@ def main() -> None:
         "--picture", action="append", help="a picture file; again for more; default: drawn ones"
     )
     parser.add_argument("--question", default="What is in the picture?")
-    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=64)
     options = parser.parse_args()
     try:
         chosen = {Path(p).name: load_rgb(p) for p in options.picture or ()}
@@ -172,8 +172,8 @@ def read_counters() -> dict[str, float] | None:
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            name = sample.name.removeprefix("vllm_hybrid_").removesuffix("_total")
-            if sample.name == f"vllm_hybrid_{name}_total":
+            name = sample.name.removeprefix("vllm_hybrid:").removesuffix("_total")
+            if sample.name == f"vllm_hybrid:{name}_total":
                 found[name] = found.get(name, 0.0) + sample.value
     return {name: found.get(name, 0.0) for name in COUNTERS} if found else None
 

@@ -192,8 +192,8 @@ class Server(BaseHTTPRequestHandler):
         counts = {"images": 1, "patches": 576, "live_tokens": 96, "kept_tokens": 48, "blocks_given_back": 40}
         lines = ["# TYPE other counter", "other_total 3"]
         for name, each in counts.items() if self.exports else ():
-            lines.append(f"# TYPE vllm_hybrid_{name} counter")
-            lines += [f'vllm_hybrid_{name}_total{{engine="{e}"}} {each * self.images * e}' for e in (0, 1)]
+            lines.append(f"# TYPE vllm_hybrid:{name} counter")
+            lines += [f'vllm_hybrid:{name}_total{{engine="{e}"}} {each * self.images * e}' for e in (0, 1)]
         self._send("\n".join(lines) + "\n", "text/plain")
 
     def do_POST(self) -> None:
