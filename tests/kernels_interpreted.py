@@ -10,15 +10,20 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
+from triton.runtime.errors import InterpreterError  # noqa: E402
 
+from tests import kernel_memory  # noqa: E402
 from tests import test_unmerging as shared  # noqa: E402
 from tests.test_unmerging import PATCHES, World, seed  # noqa: E402, F401
-from vllm_hybrid import gpu_attention, planning, unmerging  # noqa: E402
+from vllm_hybrid import gpu_attention, pages, planning, unmerging  # noqa: E402
 from vllm_hybrid.kernels import decode as decode_kernel  # noqa: E402
 from vllm_hybrid.kernels.decode import split_count  # noqa: E402
 from vllm_hybrid.kernels.lists import KeyLists, query_lists  # noqa: E402
@@ -37,6 +42,27 @@ def _mass(query: Tensor, rows: Tensor, batch: TierBatch, angles: Tensor, scale: 
 KERNELS: tuple[Any, Any, Any] = (gpu_attention.walk_pages, _attend, _mass)
 
 SHAPES = shared.SHAPES | {"odd head": (4, 1, 80, 3), "groups of three": (3, 1, 32, 6)}
+
+
+@pytest.fixture(autouse=True)
+def watched_memory() -> Iterator[None]:
+    with kernel_memory.watched():
+        yield
+
+
+@triton.jit
+def _copy(values, out, count: tl.constexpr):
+    at = tl.arange(0, count)
+    tl.store(out + at, tl.load(values + at))
+
+
+@pytest.mark.parametrize(("given", "room", "what"), [(7, 8, "1 of 8 reads"), (8, 6, "2 of 8 writes")])
+def test_memory_outside_of_the_arguments_is_noticed(given: int, room: int, what: str) -> None:
+    values, out = torch.arange(64.0), torch.zeros(64)
+    with pytest.raises(InterpreterError, match=what):
+        _copy[(1,)](values[:given], out[:room], 8)
+    _copy[(1,)](values[:8], out[:8], 8)
+    assert torch.equal(out[:8], values[:8])
 
 
 @pytest.fixture(params=SHAPES)
@@ -112,6 +138,22 @@ def test_a_page_of_another_request_leaves_no_keys(world: World) -> None:
     lengths = torch.tensor([world.lengths[1]] * 4)
     got = gpu_attention.walk_pages(world.facts, world.table[[1, 0, 2, 3]], lengths, PATCHES, world.step)
     assert got.count[1] == -1
+
+
+def test_walks_stay_inside_their_lists_whatever_pages_say(world: World) -> None:
+    """Block tables may name pages of others by mistake: no facts may lead a walk out of its memory."""
+    blocks, block_size, words = world.facts.shape
+    facts = torch.randint(-(1 << 31), (1 << 31) - 1, (blocks, block_size, words), dtype=torch.int32)
+    position = torch.arange(world.table.shape[1] * block_size).view(-1, block_size)
+    for own in world.table.long():
+        # An image here or there, of a likely or an impossible number of live rows.
+        image = torch.rand(position.shape) < 0.1
+        facts[own, :, pages.START] = torch.where(image, position + 1, 0).int()
+        likely = torch.randint(-1, PATCHES + 3, position.shape)
+        facts[own, :, pages.COUNT] = torch.where(torch.rand(position.shape) < 0.8, likely, 1 << 30).int()
+    lengths = torch.randint(1, world.table.shape[1] * block_size + 1, (len(world.lengths),)).int()
+    got = gpu_attention.walk_pages(facts, world.table, lengths, PATCHES, world.step)
+    assert ((got.count >= -1) & (got.count <= lengths)).all()
 
 
 def test_requests_without_keys_answer_zero(seed: int) -> None:  # noqa: F811

@@ -229,12 +229,14 @@ def walk_pages(
                 add(position, table, False, [position])
                 position += 1
                 continue
-            if start - 1 != position:
+            count = int(head[COUNT])
+            fits = 1 <= count <= patches and position + patches <= length
+            if not fits or start - 1 != position:
                 raise RuntimeError(
-                    f"page facts of slot {position} name image start {start - 1}: the page holds another "
-                    "request's data"
+                    f"page facts of slot {position} name image start {start - 1} and {count} live rows: the "
+                    "page holds another request's data"
                 )
-            for slot in range(position, position + int(head[COUNT])):
+            for slot in range(position, position + count):
                 mine = facts[table[slot // block_size], slot % block_size]
                 add(slot, table, True, [position + p for p in held_patches(mine, patches)])
             position += patches

@@ -169,9 +169,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> walk_pages(const Tensor& fact
         ++position;
         continue;
       }
-      TORCH_CHECK(head[kStart] - 1 == position, "page facts of slot ", position, " name image start ",
-                  head[kStart] - 1, ": the page holds another request's data");
       const int64_t count = head[kCount];
+      const bool fits = count >= 1 && count <= patches && position + patches <= lens[r];
+      TORCH_CHECK(fits && head[kStart] - 1 == position, "page facts of slot ", position, " name image start ",
+                  head[kStart] - 1, " and ", count, " live rows: the page holds another request's data");
       for (int64_t j = 0; j < count; ++j) {
         const auto [b, o] = page_of(position + j);
         const int32_t* mine = fact + (b * block_size + o) * words;

@@ -78,11 +78,10 @@ def _walk(
         filled += text
         position += text
         if image != 0:
-            if image - 1 != position:
-                foreign = 1
-                position = length
-            else:
-                live_rows = tl.load(facts + head * words + 1)
+            live_rows = tl.load(facts + head * words + 1)
+            # Nothing is read or written past a request's own lists, whatever the facts say.
+            fits = (live_rows > 0) & (live_rows <= patches) & (position + patches <= length)
+            if fits & (image - 1 == position):
                 # Every patch has one holder, so the sum of the masks is their union.
                 union = tl.zeros([WORDS_PAD], dtype=tl.int32)
                 for first in range(0, live_rows, ROWS):
@@ -93,8 +92,8 @@ def _walk(
                 ones = _ones(union)
                 before = tl.cumsum(ones, axis=0) - ones
                 rank = before[:, None] + _ones(union[:, None] & below[None, :])
-                held = ((union[:, None] >> bit[None, :]) & 1) != 0
                 patch = word[:, None] * BITS + bit[None, :]
+                held = (((union[:, None] >> bit[None, :]) & 1) != 0) & (patch < patches)
                 tl.store(out_turn + filled + rank, position + patch, mask=held)
                 for first in range(0, live_rows, ROWS):
                     number = first + tl.arange(0, ROWS)
@@ -104,14 +103,17 @@ def _walk(
                     its = position + number
                     its_block = tl.load(table + its // block_size, mask=live, other=0).to(tl.int64)
                     its_row = (its_block * rows_per_block + its % block_size).to(tl.int32)
-                    its_own = ((mine[:, :, None] >> bit[None, None, :]) & 1) != 0
+                    its_own = (((mine[:, :, None] >> bit[None, None, :]) & 1) != 0) & held[None, :, :]
                     tl.store(
                         out_rows + filled + rank[None, :, :] + tl.zeros_like(its_own).to(tl.int32),
                         its_row[:, None, None] + tl.zeros_like(its_own).to(tl.int32),
                         mask=its_own,
                     )
-                filled += tl.sum(ones, axis=0)
+                filled += tl.minimum(tl.sum(ones, axis=0), patches)
                 position += patches
+            else:
+                foreign = 1
+                position = length
     tl.store(out_count + request, tl.where(foreign != 0, -1, filled))
 
 
