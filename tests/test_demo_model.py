@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from benchmarks.calibration import UNSEEN_SERIES, rank_correlation, unseen_counts
+from training.tokenizer import sentences
 from training.tower_stage import HELD_OUT, TRAIN
 from vllm_hybrid.calibrating import live_counts
 from vllm_hybrid.checkpoint import load_config, load_tower, merging_layers
@@ -29,7 +30,6 @@ from vllm_hybrid.demo_model import (
     write_demo_model,
 )
 from vllm_hybrid.demo_pictures import KINDS, pictures, write_pictures
-from vllm_hybrid.demo_tokenizer import sentences
 from vllm_hybrid.folders import complete_folder
 
 

@@ -140,7 +140,7 @@ def test_packed_questions_equal_single_ones(model: Any, prompts: Prompts, bare: 
     ]
     scene = draw_scene([2])
     pixels = normalised(torch.from_numpy(scene.pixels)[None])
-    batch = prompts.pack([questions], 48) | {"bare": torch.tensor(bare)}
+    batch = prompts.pack([questions], 48) | {"side": torch.tensor(1), "bare": torch.tensor(bare)}
     with torch.no_grad():
         features = TowerFeatures(model)(pixels)[:, 1:]
         logits, targets, _ = PackedDecoder(model, prompts.head)(features, batch)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vllm_hybrid.demo_scenes import COLOURS, DIGITS, KINDS, LETTERS
+from vllm_hybrid.demo_scenes import COLOURS, KINDS, kind_name
 
 from .batches import Batch
 from .dense_labels import BACKGROUND
@@ -22,17 +22,11 @@ _PATCHES = 256
 _SHARPNESS = 10.0
 
 
-def _phrase(kind: str) -> str:
-    if kind in LETTERS:
-        return f"letter {kind}"
-    return f"digit {kind}" if kind in DIGITS else kind
-
-
 class Words:
     """The tokens that tell kinds and colours from each other: the last of each name."""
 
     def __init__(self, prompts: Prompts) -> None:
-        self.kinds = torch.tensor([prompts.last_token(f"the {_phrase(kind)}") for kind in KINDS])
+        self.kinds = torch.tensor([prompts.last_token(f"the {kind_name(kind)}") for kind in KINDS])
         self.colours = torch.tensor([prompts.last_token(f"the {colour}") for colour in COLOURS])
 
 

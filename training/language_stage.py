@@ -41,6 +41,21 @@ class Asking:
     side: int = 2
 
 
+def questions_on_scenes(prompts: Prompts, seeds: list[list[int]], questions: int, tokens: int) -> Batch:
+    """The scenes of the seeds, their dense labels, and packed questions on each.
+
+    Args:
+        prompts: the prompt format.
+        seeds: one for each scene.
+        questions: on each, at most.
+        tokens: that they may take up.
+
+    """
+    scenes = [draw_scene(seed) for seed in seeds]
+    asked = [ask(scene, questions, [*seed, 1]) for scene, seed in zip(scenes, seeds, strict=True)]
+    return dense_batch(scenes) | prompts.pack(asked, tokens)
+
+
 class LanguageLesson:
     """Questions on pictures as the model is served them."""
 
@@ -59,21 +74,18 @@ class LanguageLesson:
 
     def batch(self, seed: list[int]) -> Batch:
         """Pictures, dense labels, packed questions and the side of the squares of patches to average."""
-        seeds = [[*seed, i] for i in range(self.pace.pictures)]
-        scenes = [draw_scene(each) for each in seeds]
-        asked = [
-            ask(scene, self._asking.questions, [*each, 1]) for scene, each in zip(scenes, seeds, strict=True)
-        ]
         chance, other = torch.rand(2, 1, generator=torch.Generator().manual_seed(seed[-1]))
-        packed = self._prompts.pack(asked, self._asking.tokens)
         side = torch.where(chance < self._asking.averaged, self._asking.side, 1)
-        return dense_batch(scenes) | packed | {"side": side, "bare": other < _BARE_SHARE}
+        seeds = [[*seed, i] for i in range(self.pace.pictures)]
+        asking = self._asking
+        asked = questions_on_scenes(self._prompts, seeds, asking.questions, asking.tokens)
+        return asked | {"side": side, "bare": other < _BARE_SHARE}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Cross entropy of the answers' tokens, and shares of the finder's and the alignment's losses."""
         with torch.no_grad():
             patches = self._features(normalised(batch["pixels"]))[:, 1:]
-        logits, targets, halfway = self._decoder(patches, batch, int(batch["side"]))
+        logits, targets, halfway = self._decoder(patches, batch)
         answer = functional.cross_entropy(logits, targets)
         finding, found = self._finder(halfway, batch["cells"][batch["described"]])
         loss = answer + _FINDER_SHARE * finding + _ALIGNMENT_SHARE * self._alignment(patches, batch)
@@ -106,7 +118,7 @@ def examine(
     for batch in batches:
         pixels = normalised(batch["pixels"])
         seen = features(torch.zeros_like(pixels) if blank else pixels)[:, 1:]
-        logits, targets, _ = decoder(seen, batch, int(batch["side"]))
+        logits, targets, _ = decoder(seen, batch)
         wrong = torch.zeros(batch["targets"].shape)
         wrong[batch["targets"] != NO_LOSS] = (logits.argmax(-1) != targets).float()
         for row, blocks in enumerate(batch["blocks"]):

@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 
-from vllm_hybrid.demo_scenes import draw_scene
-
-from .batches import Batch, dense_batch
-from .language_stage import examine
+from .batches import Batch
+from .language_stage import examine, questions_on_scenes
 from .network import TowerFeatures
 from .packed_decoder import PackedDecoder
 from .prompts import Prompts
-from .questions import TASKS, ask
+from .questions import TASKS
 from .tower_stage import HELD_OUT
 
 # Held-out pictures that no look during training has seen either.
@@ -58,10 +56,9 @@ def measure(checkpoint: Path, pictures: int, blank: bool) -> Shares:
 
 def _batch(prompts: Prompts, first: int, count: int) -> Batch:
     seeds = [[HELD_OUT, _SERIES, number] for number in range(first, first + count)]
-    scenes = [draw_scene(seed) for seed in seeds]
-    asked = [ask(scene, _QUESTIONS, [*seed, 1]) for scene, seed in zip(scenes, seeds, strict=True)]
     bare = torch.tensor(first // _AT_ONCE % 2 == 1)
-    return dense_batch(scenes) | prompts.pack(asked, _TOKENS) | {"side": torch.tensor(1), "bare": bare}
+    asked = questions_on_scenes(prompts, seeds, _QUESTIONS, _TOKENS)
+    return asked | {"side": torch.tensor(1), "bare": bare}
 
 
 def _share(found: list[tuple[float, int]]) -> dict[str, float]:

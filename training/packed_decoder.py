@@ -55,26 +55,25 @@ class PackedDecoder(nn.Module):
         self.lm_head = model.lm_head
         self._head = torch.tensor(head)
 
-    def forward(self, features: Tensor, batch: dict[str, Tensor], side: int = 1) -> Read:
+    def forward(self, features: Tensor, batch: dict[str, Tensor]) -> Read:
         """Logits wherever the batch has targets.
 
         Args:
             features: the tower's of the patches, float32 [batch, patches, width].
-            batch: of :meth:`training.prompts.Prompts.pack`; where it says "bare", prompts begin without <s>,
-                as those of vLLM's chats do.
-            side: average squares of so many patches a side; a token then stands for all of them, at their
-                mean position.
+            batch: of :meth:`training.prompts.Prompts.pack`, and two facts. "side", int64: squares of so many
+                patches a side are averaged; a token then stands for all of them, at their mean position.
+                "bare", bool: prompts begin without <s>, as those of vLLM's chats do.
 
         Returns:
             Logits [targets, vocabulary], the targets int64 [targets], and the residual stream half way up of
             the tokens that the batch calls described [described, width].
 
         """
-        positions = torch.arange(PATCHES, dtype=torch.float32)
+        positions, side = torch.arange(PATCHES, dtype=torch.float32), int(batch["side"])
         if side > 1:
             features = _averaged(features, side)
             positions = _averaged(positions[None, :, None], side)[0, :, 0]
-        head = self._head[1:] if bool(batch.get("bare", False)) else self._head
+        head = self._head[1:] if bool(batch["bare"]) else self._head
         hidden, places = self._embed(head, features, positions, batch)
         mask = _mask(batch["blocks"], len(head), len(positions))
         rotations = self.decoder.rotary_emb(hidden, places)

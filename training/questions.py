@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_hybrid.demo_scenes import COLOURS, DIGITS, KINDS, LETTERS, PLACES, SHAPES, Scene, Thing
+from vllm_hybrid.demo_scenes import COLOURS, DIGITS, KINDS, LETTERS, PLACES, SHAPES, Scene, Thing, kind_name
 
 NUMBERS = ("one", "two", "three", "four")
 
@@ -50,7 +50,7 @@ class Description:
 
     def __str__(self) -> str:
         """The words, without an article."""
-        noun = "object" if self.kind is None else _noun(self.kind)
+        noun = "object" if self.kind is None else kind_name(self.kind)
         words = noun if self.colour is None else f"{self.colour} {noun}"
         return words if self.cell is None else f"{words} {at(PLACES[self.cell])}"
 
@@ -65,12 +65,6 @@ def family(thing: Thing) -> str:
 def at(place: str) -> str:
     """The place with its preposition."""
     return f"in the {place}" if place == "middle" else f"at the {place}"
-
-
-def _noun(kind: str) -> str:
-    if kind in LETTERS:
-        return f"letter {kind}"
-    return f"digit {kind}" if kind in DIGITS else kind
 
 
 def _a(words: str) -> str:

@@ -9,6 +9,7 @@ is peaky and the answer depends on the picture, can take their place; their answ
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,15 +241,12 @@ def _add_decoder(made: _Random) -> None:
 def _hybrid_section(folder: Path, progress: Progress | None) -> dict[str, Any]:
     """The ``hybrid`` section, its thresholds calibrated on scenes."""
     tower, image_processor = load_tower(folder)
-    pictures = folder / "calibration"
-    files = write_scenes(pictures, CALIBRATION_SERIES, CALIBRATION_SCENES)
-    levels = {
-        name: calibrate(tower, image_processor, files, tokens, batch_size=len(files), progress=progress)
-        for name, tokens in LEVELS.items()
-    }
-    for file in files:
-        file.unlink()
-    pictures.rmdir()
+    with tempfile.TemporaryDirectory() as pictures:
+        files = write_scenes(Path(pictures), CALIBRATION_SERIES, CALIBRATION_SCENES)
+        levels = {
+            name: calibrate(tower, image_processor, files, tokens, batch_size=len(files), progress=progress)
+            for name, tokens in LEVELS.items()
+        }
     return {
         "thresholds": levels,
         "default_level": DEFAULT_LEVEL,

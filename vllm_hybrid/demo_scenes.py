@@ -51,6 +51,13 @@ _REPEATING_SHARE = 0.35
 _COLOUR_JITTER = 10
 
 
+def kind_name(kind: str) -> str:
+    """What to call a kind: circle, letter A, digit 7."""
+    if kind in LETTERS:
+        return f"letter {kind}"
+    return f"digit {kind}" if kind in DIGITS else kind
+
+
 @dataclass(frozen=True)
 class Thing:
     """A shape or a glyph: what it is, its colour, its cell and its bounding box in pixels."""
@@ -67,10 +74,8 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """What to call it: circle, letter A, digit 7."""
-        if self.kind in LETTERS:
-            return f"letter {self.kind}"
-        return f"digit {self.kind}" if self.kind in DIGITS else self.kind
+        """What to call it."""
+        return kind_name(self.kind)
 
 
 @dataclass(frozen=True)

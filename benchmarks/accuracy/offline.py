@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.accuracy.questions import CUT, Asked
+from vllm_hybrid.config import live_to_kept
 from vllm_hybrid.tower import LiveTokens, encode
 
 Thresholds = Sequence[float | None]
@@ -213,8 +212,8 @@ def fewer_after_the_choice(ratio: float) -> ImageTokens:
 
     def tokens(tower: Any, pixel_values: Tensor, number: int) -> Shown:
         whole = everything(tower, pixel_values, number)
-        count = max(1, math.ceil((1 - Fraction(str(ratio))) * whole.span))
-        return Shown(whole.features, whole.places, whole.span, at_random(whole.span, count, number))
+        kept = at_random(whole.span, live_to_kept(whole.span, ratio), number)
+        return Shown(whole.features, whole.places, whole.span, kept)
 
     return tokens
 

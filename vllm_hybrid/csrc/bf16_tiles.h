@@ -13,7 +13,6 @@
 
 constexpr int64_t kTile = 64;
 constexpr int64_t kLanes = 16;
-constexpr int64_t kVectors = kTile / kLanes;
 
 #if defined(__AMX_BF16__)
 
@@ -22,6 +21,7 @@ constexpr int64_t kVectors = kTile / kLanes;
 
 // Two by two tiles of 16 x 16 sums: every operand that is loaded is used twice.
 constexpr int64_t kQueries = 32;
+constexpr int64_t kColumns = 32;
 
 // Linux gives a process the tiles' memory when it asks for it.
 inline bool tiles_granted() {
@@ -52,7 +52,8 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// out[i][j] = sum_p a[i][p] . b[p][j] for 32 rows, 32 columns and a multiple of 16 pairs; strides in 32 bits.
+// out[i][j] = sum_p a[i][p] . b[p][j] for kQueries rows and kColumns columns; strides in 32 bits. The number
+// of pairs is a multiple of 16.
 inline void multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t pairs,
                      float* out, int64_t out_stride) {
   memory_is_written();
@@ -76,10 +77,54 @@ inline void multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int
   _tile_stored(3, out + kLanes * out_stride + kLanes, out_stride * 4);
 }
 
+#else
+
+// Six queries by 64 keys (or channels) are 24 registers of sums, which leaves room for the operands.
+constexpr int64_t kQueries = 6;
+constexpr int64_t kColumns = kTile;
+
+inline bool tiles_granted() { return true; }
+struct Tiles {
+  Tiles() {}
+};
+
+// out[i][j] = sum_p a[i][p] . b[p][j] for kQueries rows and kColumns columns; strides in 32 bits.
+inline void multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t pairs,
+                     float* out, int64_t out_stride) {
+  constexpr int64_t kVectors = kColumns / kLanes;
+  __m512 sum[kQueries][kVectors];
+#pragma GCC unroll 6
+  for (int64_t i = 0; i < kQueries; ++i) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
+  }
+#pragma GCC unroll 1
+  for (int64_t p = 0; p < pairs; ++p) {
+    __m512i columns[kVectors];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) columns[v] = _mm512_loadu_si512(b + p * b_stride + v * kLanes);
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < kQueries; ++i) {
+      const __m512i row = _mm512_set1_epi32(static_cast<int>(a[i * a_stride + p]));
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) {
+        sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)row, (__m512bh)columns[v]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int64_t i = 0; i < kQueries; ++i) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + i * out_stride + v * kLanes, sum[i][v]);
+  }
+}
+
+#endif
+
 // out[i][j] = q[i] . k[j] for a block of queries and 64 keys.
 template <int64_t D>
 inline void score_tile(const uint32_t* q, const uint32_t* k, float* out, int64_t stride) {
-  for (int64_t j = 0; j < kTile; j += 2 * kLanes) {
+  for (int64_t j = 0; j < kTile; j += kColumns) {
     multiply(q, D / 2, k + j, kTile, D / 2, out + j, stride);
   }
 }
@@ -87,82 +132,9 @@ inline void score_tile(const uint32_t* q, const uint32_t* k, float* out, int64_t
 // out[i][c] = sum_j w[i][j] v[j][c] for a block of queries and 64 channels.
 template <int64_t D>
 inline void mix_tile(const uint32_t* w, int64_t w_stride, const uint32_t* v, int64_t pairs, float* out) {
-  for (int64_t c = 0; c < kTile; c += 2 * kLanes) {
+  for (int64_t c = 0; c < kTile; c += kColumns) {
     multiply(w, w_stride, v + c, D, pairs, out + c, D);
   }
 }
 
-#else
-
-// Six queries by 64 keys (or channels) are 24 registers of sums, which leaves room for the operands.
-constexpr int64_t kQueries = 6;
-
-inline bool tiles_granted() { return true; }
-struct Tiles {
-  Tiles() {}
-};
-
-// out[i][j] = q[i] . k[j] for six queries and one tile of keys.
-template <int64_t D>
-inline void score_tile(const uint32_t* q, const uint32_t* k, float* out, int64_t stride) {
-  __m512 sum[kQueries][kVectors];
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < kQueries; ++i) {
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) sum[i][b] = _mm512_setzero_ps();
-  }
-#pragma GCC unroll 1
-  for (int64_t p = 0; p < D / 2; ++p) {
-    __m512i keys[kVectors];
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) keys[b] = _mm512_loadu_si512(k + p * kTile + b * kLanes);
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < kQueries; ++i) {
-      const __m512i query = _mm512_set1_epi32(static_cast<int>(q[i * (D / 2) + p]));
-#pragma GCC unroll 4
-      for (int64_t b = 0; b < kVectors; ++b) {
-        sum[i][b] = _mm512_dpbf16_ps(sum[i][b], (__m512bh)query,
-                                     (__m512bh)keys[b]);
-      }
-    }
-  }
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < kQueries; ++i) {
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) _mm512_storeu_ps(out + i * stride + b * kLanes, sum[i][b]);
-  }
-}
-
-// out[i][c] = sum_j w[i][j] v[j][c] for six queries and 64 channels.
-template <int64_t D>
-inline void mix_tile(const uint32_t* w, int64_t w_stride, const uint32_t* v, int64_t pairs, float* out) {
-  __m512 sum[kQueries][kVectors];
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < kQueries; ++i) {
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) sum[i][b] = _mm512_setzero_ps();
-  }
-#pragma GCC unroll 1
-  for (int64_t j = 0; j < pairs; ++j) {
-    __m512i values[kVectors];
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) values[b] = _mm512_loadu_si512(v + j * D + b * kLanes);
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < kQueries; ++i) {
-      const __m512i weight = _mm512_set1_epi32(static_cast<int>(w[i * w_stride + j]));
-#pragma GCC unroll 4
-      for (int64_t b = 0; b < kVectors; ++b) {
-        sum[i][b] = _mm512_dpbf16_ps(sum[i][b], (__m512bh)weight,
-                                     (__m512bh)values[b]);
-      }
-    }
-  }
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < kQueries; ++i) {
-#pragma GCC unroll 4
-    for (int64_t b = 0; b < kVectors; ++b) _mm512_storeu_ps(out + i * D + b * kLanes, sum[i][b]);
-  }
-}
-
-#endif
 #endif
