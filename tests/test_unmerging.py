@@ -276,9 +276,13 @@ def test_a_page_of_another_request_is_an_error(world: World, walk: Any, seed: in
 
 @pytest.mark.parametrize("heads", [(4, 2, 64), (3, 1, 128), (2, 2, 96)])
 @pytest.mark.parametrize("later", [0, 9])
-def test_bfloat16_stays_within_its_rounding(heads: tuple[int, int, int], later: int, seed: int) -> None:
+@pytest.mark.parametrize("text", [12, 310])
+def test_bfloat16_stays_within_its_rounding(
+    heads: tuple[int, int, int], text: int, later: int, seed: int
+) -> None:
     """Whole prompts, and chunks of text behind what an earlier step stored, on every kernel there is."""
-    world = World(*heads, 8, [PATCHES + 12, 2 * PATCHES + 20], [[2], [0, PATCHES]], [[11], [PATCHES, 1]])
+    lengths = [PATCHES + text, 2 * PATCHES + 2 * text]
+    world = World(*heads, 8, lengths, [[2], [0, PATCHES]], [[11], [PATCHES, 1]])
     plan = planning.plan_live_rows(world.query_start[-1], world.images)
     query, key, value = (x.bfloat16() for x in random_rows(world, plan.rows.shape[0]))
     world.rows = world.rows.bfloat16()
@@ -327,6 +331,27 @@ def test_proportional_attention_weighs_keys_by_their_sizes(head_size: int, seed:
         q, k, v = (x[image].double() for x in (query, key, value))
         weight = (torch.einsum("qhd,khd->hqk", q, k) * scale).exp() * size[image].double()
         wanted = torch.einsum("hqk,khd->qhd", weight / weight.sum(-1, keepdim=True), v)
+        torch.testing.assert_close(got[image].double(), wanted, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("rise", [-9.0, 0.0, 0.25, 9.0])
+def test_scores_may_rise_and_fall_by_any_amount_along_a_sequence(rise: float, seed: int) -> None:
+    """Scores that bf16 holds exactly, so that only weights and values are rounded."""
+    if not cpu_attention.extension().bf16_serves(64):
+        pytest.skip("this CPU has no bf16 kernel")
+    lengths = torch.tensor([700, 129, 33])
+    tokens = int(lengths.sum())
+    query, key = torch.zeros(2, tokens, 2, 64)
+    query[:, :, 5] = torch.tensor([1.0, 0.5])
+    key[:, :, 5] = (rise * (torch.arange(tokens) // 8 * 8) + torch.randint(0, 6, (tokens,)))[:, None]
+    query, key, value = (x.bfloat16() for x in (query, key, torch.randn(tokens, 2, 64)))
+    log_size = torch.randint(1, 500, (tokens,)).log()
+    got = cpu_attention.proportional_attention(query, key, value, lengths, log_size, 1.0)
+    assert got is not None
+    for image in torch.arange(tokens).split(lengths.tolist()):
+        q, k, v = (x[image].double() for x in (query, key, value))
+        logit = torch.einsum("qhd,khd->hqk", q, k) + log_size[image].double()
+        wanted = torch.einsum("hqk,khd->qhd", logit.softmax(-1), v)
         torch.testing.assert_close(got[image].double(), wanted, atol=0.02, rtol=0.02)
 
 

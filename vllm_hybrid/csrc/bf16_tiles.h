@@ -52,15 +52,22 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// out[i][j] = sum_p a[i][p] . b[p][j] for kQueries rows and kColumns columns; strides in 32 bits. The number
-// of pairs is a multiple of 16.
+// out[i][j] = (adds ? out[i][j] : 0) + sum_p a[i][p] . b[p][j] for kQueries rows and kColumns columns; strides
+// in 32 bits. The number of pairs is a multiple of 16.
 inline void multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t pairs,
-                     float* out, int64_t out_stride) {
+                     bool adds, float* out, int64_t out_stride) {
   memory_is_written();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (adds) {
+    _tile_loadd(0, out, out_stride * 4);
+    _tile_loadd(1, out + kLanes, out_stride * 4);
+    _tile_loadd(2, out + kLanes * out_stride, out_stride * 4);
+    _tile_loadd(3, out + kLanes * out_stride + kLanes, out_stride * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t p = 0; p < pairs; p += kLanes) {
     _tile_loadd(4, a + p, a_stride * 4);
     _tile_loadd(5, a + kLanes * a_stride + p, a_stride * 4);
@@ -88,15 +95,18 @@ struct Tiles {
   Tiles() {}
 };
 
-// out[i][j] = sum_p a[i][p] . b[p][j] for kQueries rows and kColumns columns; strides in 32 bits.
+// out[i][j] = (adds ? out[i][j] : 0) + sum_p a[i][p] . b[p][j] for kQueries rows and kColumns columns; strides
+// in 32 bits.
 inline void multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t pairs,
-                     float* out, int64_t out_stride) {
+                     bool adds, float* out, int64_t out_stride) {
   constexpr int64_t kVectors = kColumns / kLanes;
   __m512 sum[kQueries][kVectors];
 #pragma GCC unroll 6
   for (int64_t i = 0; i < kQueries; ++i) {
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
+    for (int64_t v = 0; v < kVectors; ++v) {
+      sum[i][v] = adds ? _mm512_loadu_ps(out + i * out_stride + v * kLanes) : _mm512_setzero_ps();
+    }
   }
 #pragma GCC unroll 1
   for (int64_t p = 0; p < pairs; ++p) {
@@ -125,15 +135,15 @@ inline void multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int
 template <int64_t D>
 inline void score_tile(const uint32_t* q, const uint32_t* k, float* out, int64_t stride) {
   for (int64_t j = 0; j < kTile; j += kColumns) {
-    multiply(q, D / 2, k + j, kTile, D / 2, out + j, stride);
+    multiply(q, D / 2, k + j, kTile, D / 2, false, out + j, stride);
   }
 }
 
-// out[i][c] = sum_j w[i][j] v[j][c] for a block of queries and 64 channels.
+// out[i][c] = (adds ? out[i][c] : 0) + sum_j w[i][j] v[j][c] for a block of queries and D channels.
 template <int64_t D>
-inline void mix_tile(const uint32_t* w, int64_t w_stride, const uint32_t* v, int64_t pairs, float* out) {
-  for (int64_t c = 0; c < kTile; c += kColumns) {
-    multiply(w, w_stride, v + c, D, pairs, out + c, D);
+inline void mix(const uint32_t* w, int64_t w_stride, const uint32_t* v, int64_t pairs, bool adds, float* out) {
+  for (int64_t c = 0; c < D; c += kColumns) {
+    multiply(w, w_stride, v + c, D, pairs, adds, out + c, D);
   }
 }
 

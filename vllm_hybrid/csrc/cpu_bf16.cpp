@@ -1,9 +1,10 @@
 // Attention of many queries in bf16, on CPUs whose dot products take bf16 pairs (AVX512-BF16, AMX).
 //
 // One task is one sequence and one key/value head. Its keys and values are gathered and rotated once, into
-// the order in which the dot products eat them; then a block of queries at a time meets all keys they see:
-// scores, softmax, weighted values. Nothing is expanded in memory beyond one head of one sequence, which stays in
-// the cache. Sums are float32; queries, keys, values and softmax weights are bf16, as in any bf16 kernel.
+// the order in which the dot products eat them; then a block of queries at a time meets the keys they see, a
+// span of keys at a time: scores, softmax, weighted values. Nothing is expanded in memory beyond one head of
+// one sequence, which stays in the second cache, as scores and weights do in the first. Sums are float32;
+// queries, keys, values and softmax weights are bf16, as in any bf16 kernel.
 //
 // The Python side (vllm_hybrid/cpu_attention.py) documents shapes and meaning of every argument.
 #include "cpu_bf16.h"
@@ -11,11 +12,12 @@
 #include "bf16_tiles.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -26,9 +28,15 @@ namespace {
 
 using at::BFloat16;
 using at::Tensor;
-using Vec = at::vec::Vectorized<float>;
 
-inline uint16_t* halves(uint32_t* pairs) { return reinterpret_cast<uint16_t*>(pairs); }
+// Base 2 exponents in one of base e.
+constexpr float kOctaves = 1.44269504f;
+
+// A row of bf16 as pairs of neighbouring channels, which it is.
+template <int64_t D>
+inline void copy_row(const BFloat16* from, uint32_t* to) {
+  std::memcpy(to, from, D * sizeof(BFloat16));
+}
 
 inline void load_row(const BFloat16* from, float* to, int64_t n) {
   for (int64_t c = 0; c < n; c += kLanes) {
@@ -57,6 +65,34 @@ inline void pack_row(const float* x, uint32_t* to) {
   }
 }
 
+// Columns of 16 rows of 16 words each as rows.
+inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+  __m512i a[kLanes], b[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
+  for (int64_t i = 0; i < kLanes; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  // Now a[4 g + c] gets the columns 4 lane + c of rows 4 g to 4 g + 3, lane by lane.
+  for (int64_t i = 0; i < kLanes; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  constexpr int kEven = 0x88, kOdd = 0xdd;
+  for (int64_t c = 0; c < 4; ++c) {
+    const __m512i even_low = _mm512_shuffle_i32x4(a[c], a[c + 4], kEven);
+    const __m512i even_high = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], kEven);
+    const __m512i odd_low = _mm512_shuffle_i32x4(a[c], a[c + 4], kOdd);
+    const __m512i odd_high = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], kOdd);
+    _mm512_storeu_si512(to + c * to_stride, _mm512_shuffle_i32x4(even_low, even_high, kEven));
+    _mm512_storeu_si512(to + (c + 4) * to_stride, _mm512_shuffle_i32x4(odd_low, odd_high, kEven));
+    _mm512_storeu_si512(to + (c + 8) * to_stride, _mm512_shuffle_i32x4(even_low, even_high, kOdd));
+    _mm512_storeu_si512(to + (c + 12) * to_stride, _mm512_shuffle_i32x4(odd_low, odd_high, kOdd));
+  }
+}
+
 // Keys as [key / 64][channel / 2][key % 64] pairs of channels, values as [key / 2][channel] pairs of keys.
 template <int64_t D>
 struct Packed {
@@ -66,13 +102,17 @@ struct Packed {
   void start(int64_t n) {
     keys = n;
     padded = (n + kTile - 1) / kTile * kTile;
-    key.assign(padded * D / 2, 0);
-    value.assign(padded / 2 * D, 0);
+    const int64_t words = padded * D / 2, last_tile = kTile * D / 2;
+    key.resize(words);
+    value.resize(words);
+    std::fill(key.end() - last_tile, key.end(), 0u);
+    std::fill(value.end() - last_tile, value.end(), 0u);
   }
 
-  void set_key(int64_t j, const uint32_t* pairs) {
+  // Sixteen keys [16][channel / 2] from key `j` on, a multiple of 16.
+  void set_keys(int64_t j, const uint32_t* pairs) {
     uint32_t* to = key.data() + (j / kTile) * (D / 2) * kTile + j % kTile;
-    for (int64_t p = 0; p < D / 2; ++p) to[p * kTile] = pairs[p];
+    for (int64_t p = 0; p < D / 2; p += kLanes) transpose(pairs + p, D / 2, to + p * kTile, kTile);
   }
 
   // Values of keys j (even) and j + 1; `second` may be null behind the last key.
@@ -89,65 +129,140 @@ struct Packed {
   }
 };
 
-// Softmax weights of one query over `n` scores (a multiple of 32), of which it sees `seen`, as bf16;
-// returns 1 / their sum. `bias` is added to the scaled scores where it is given.
-inline float weights(float* score, int64_t n, int64_t seen, float scale, const float* bias, uint32_t* to) {
-  constexpr float kNever = -std::numeric_limits<float>::infinity();
-  const Vec factor(scale);
-  Vec top(kNever);
-  std::fill(score + seen, score + n, kNever);
-  for (int64_t j = 0; j < n; j += kLanes) {
-    Vec x = Vec::loadu(score + j) * factor;
-    if (bias) x = x + Vec::loadu(bias + j);
-    x.store(score + j);
-    top = at::vec::maximum(top, x);
-  }
-  const Vec shift(_mm512_reduce_max_ps(top));
-  Vec sum(0.f);
-  for (int64_t j = 0; j < n; j += 2 * kLanes) {
-    const Vec low = (Vec::loadu(score + j) - shift).exp_u20();
-    const Vec high = (Vec::loadu(score + j + kLanes) - shift).exp_u20();
-    sum = sum + low + high;
-    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-    _mm512_storeu_si512(to + j / 2, (__m512i)both);
-  }
-  return 1.f / _mm512_reduce_add_ps(sum);
+// 2^x to 3e-6 of itself, by a polynomial on x - floor(x); 0 far below.
+inline __m512 exp2(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 y = _mm512_set1_ps(0.0135341668f);
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.0520114675f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.241442755f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.693003833f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.00000262f));
+  return _mm512_scalef_ps(y, x);
 }
+
+// The greatest of each lane of `n` floats, a multiple of 64.
+inline __m512 greatest(const float* x, int64_t n) {
+  __m512 top[4];
+  for (int64_t v = 0; v < 4; ++v) top[v] = _mm512_loadu_ps(x + v * kLanes);
+  for (int64_t j = 4 * kLanes; j < n; j += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < 4; ++v) top[v] = _mm512_max_ps(top[v], _mm512_loadu_ps(x + j + v * kLanes));
+  }
+  return _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
+}
+
+inline void scale_row(float* x, int64_t n, float factor) {
+  const __m512 f = _mm512_set1_ps(factor);
+  for (int64_t c = 0; c < n; c += kLanes) _mm512_storeu_ps(x + c, _mm512_mul_ps(_mm512_loadu_ps(x + c), f));
+}
+
+// Keys that a block of queries meets at once.
+constexpr int64_t kSpan = 128;
+// Octaves by which scores of later spans may exceed those of the first before everything is scaled anew: far
+// from what overflows a float, and floats lose nothing by being large.
+constexpr float kHeadroom = 40.f;
 
 // Memory of one thread, kept from task to task.
 template <int64_t D>
 struct Desk {
   Packed<D> packed;
-  std::vector<float> score, total;
-  std::vector<uint32_t> weight;
+  std::vector<float> total, bias;
   std::vector<int64_t> copies;
   alignas(64) float row[D];
+  alignas(64) uint32_t pairs[kLanes * D / 2];
   alignas(64) uint32_t query[kQueries * D / 2];
+  alignas(64) float score[kQueries * kSpan];
+  alignas(64) uint32_t weight[kQueries * kSpan / 2];
+  alignas(64) float sum[kQueries * kLanes];
   alignas(64) float mixed[kQueries * D];
-  alignas(64) uint32_t pairs[D / 2];
-  float over_sum[kQueries];
+  float shift[kQueries], over_sum[kQueries];
 
-  // A block of queries, packed in `query`, over the first keys; query i sees `seen + i * step` of them, at most
-  // all. The result is left in `mixed`, to be multiplied by `over_sum`.
-  void attend(int64_t seen, int64_t step, float scale, const float* bias) {
-    const int64_t last = std::min(seen + (kQueries - 1) * step, packed.keys);
-    const int64_t n = (last + kTile - 1) / kTile * kTile;
-    if (static_cast<int64_t>(score.size()) < kQueries * n) {
-      score.resize(kQueries * n);
-      weight.resize(kQueries * n / 2);
+  // Packs a task's keys and values: fetch(j, to) writes key j as pairs of channels, value(j) is where value j
+  // stands.
+  template <class Fetch, class Value>
+  void gather(int64_t keys, const Fetch& fetch, const Value& value) {
+    packed.start(keys);
+    for (int64_t begin = 0; begin < keys; begin += kLanes) {
+      const int64_t n = std::min(kLanes, keys - begin);
+      std::fill(pairs + n * (D / 2), pairs + kLanes * (D / 2), 0u);
+      for (int64_t i = 0; i < n; ++i) fetch(begin + i, pairs + i * (D / 2));
+      packed.set_keys(begin, pairs);
     }
-    for (int64_t j = 0; j < n; j += kTile) {
-      score_tile<D>(query, packed.key.data() + j * (D / 2), score.data() + j, n);
+    for (int64_t j = 0; j < keys; j += 2) {
+      packed.set_values(j, value(j), j + 1 < keys ? value(j + 1) : nullptr);
+    }
+  }
+
+  // A block of queries, packed in `query`, over the first keys; query i sees `seen + i * step` of them, at
+  // most all. The result is left in `mixed`, to be multiplied by `over_sum`. A key weighs
+  // 2^(octaves * score + bias); there is a bias, one for each key, where kWeighed.
+  template <bool kWeighed>
+  void attend(int64_t seen, int64_t step, float octaves, const float* bias) {
+    const int64_t last = std::min(seen + (kQueries - 1) * step, packed.keys);
+    for (int64_t begin = 0; begin < last; begin += kSpan) {
+      const int64_t n = std::min(kSpan, (last - begin + kTile - 1) / kTile * kTile);
+      for (int64_t j = 0; j < n; j += kTile) {
+        score_tile<D>(query, packed.key.data() + (begin + j) * (D / 2), score + j, kSpan);
+      }
+      for (int64_t i = 0; i < kQueries; ++i) {
+        const int64_t mine = std::min(seen + i * step, packed.keys) - begin;
+        weigh<kWeighed>(i, n, mine, begin == 0, octaves, bias + (kWeighed ? begin : 0));
+      }
+      mix<D>(weight, kSpan / 2, packed.value.data() + begin / 2 * D, n / 2, begin > 0, mixed);
     }
     for (int64_t i = 0; i < kQueries; ++i) {
-      const int64_t mine = std::min(seen + i * step, packed.keys);
-      over_sum[i] = weights(score.data() + i * n, n, mine, scale, bias, weight.data() + i * (n / 2));
+      over_sum[i] = 1.f / _mm512_reduce_add_ps(_mm512_load_ps(sum + i * kLanes));
     }
-    for (int64_t c = 0; c < D; c += kTile) {
-      mix_tile<D>(weight.data(), n / 2, packed.value.data() + c, n / 2, mixed + c);
+  }
+
+  // Softmax weights of query i over the `n` scores of a span, of which it sees `seen`, as bf16.
+  template <bool kWeighed>
+  void weigh(int64_t i, int64_t n, int64_t seen, bool first, float octaves, const float* bias) {
+    float* mine = score + i * kSpan;
+    if (seen < n) std::fill(mine + std::max<int64_t>(seen, 0), mine + n, -std::numeric_limits<float>::max());
+    const __m512 factor = _mm512_set1_ps(octaves);
+    set_shift(i, _mm512_mul_ps(greatest(mine, n), factor), first);
+    const __m512 by = _mm512_set1_ps(shift[i]);
+    const auto weight_of = [&](int64_t j) {
+      __m512 x = _mm512_fmadd_ps(_mm512_load_ps(mine + j), factor, by);
+      if (kWeighed) x = _mm512_add_ps(x, _mm512_loadu_ps(bias + j));
+      return exp2(x);
+    };
+    __m512 low_sum = _mm512_load_ps(sum + i * kLanes), high_sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < n; j += 2 * kLanes) {
+      const __m512 low = weight_of(j), high = weight_of(j + kLanes);
+      low_sum = _mm512_add_ps(low_sum, low);
+      high_sum = _mm512_add_ps(high_sum, high);
+      _mm512_store_si512(weight + i * (kSpan / 2) + j / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    _mm512_store_ps(sum + i * kLanes, _mm512_add_ps(low_sum, high_sum));
+  }
+
+  // What to add to a query's scores, in octaves, so that its weights are neither too great nor all too small.
+  void set_shift(int64_t i, __m512 top, bool first) {
+    if (first) {
+      shift[i] = -_mm512_reduce_max_ps(top);
+      _mm512_store_ps(sum + i * kLanes, _mm512_setzero_ps());
+    } else if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(kHeadroom - shift[i]), _CMP_GT_OQ)) {
+      const float before = shift[i];
+      shift[i] = -_mm512_reduce_max_ps(top);
+      const float factor = std::exp2(shift[i] - before);
+      scale_row(sum + i * kLanes, kLanes, factor);
+      scale_row(mixed + i * D, D, factor);
     }
   }
 };
+
+// Every task done once. A thread takes the next one as soon as it is free, as sequences differ in length.
+template <int64_t D, class Work>
+void share_out(int64_t tasks, const Work& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    const Tiles tiles;
+    Desk<D> desk;
+    for (int64_t task; (task = next++) < tasks;) work(desk, task);
+  });
+}
 
 void add_row(const float* from, float* to, int64_t n, float factor) {
   const __m512 f = _mm512_set1_ps(factor);
@@ -192,7 +307,7 @@ struct Prefill {
         std::fill(desk.query, desk.query + kQueries * D / 2, 0u);
         for (int64_t i = 0; i < n; ++i) gather_query(desk, begin + i, g, desk.query + i * (D / 2));
         // A request's queries stand at its last positions.
-        desk.attend(keys - queries + begin + 1, 1, scale, nullptr);
+        desk.template attend<false>(keys - queries + begin + 1, 1, scale * kOctaves, nullptr);
         for (int64_t i = 0; i < n; ++i) {
           const int64_t mine = row[begin + i] - first;
           add_row(desk.mixed + i * D, desk.total.data() + mine * D, D, desk.over_sum[i]);
@@ -208,29 +323,25 @@ struct Prefill {
   }
 
   void gather_keys(Desk<D>& desk) const {
-    desk.packed.start(keys);
-    for (int64_t j = 0; j < keys; ++j) {
-      const BFloat16* page = pages + key_page[j] * page_stride;
-      desk.packed.set_key(j, turned(desk, page, key_image[j], key_position[j], desk.pairs));
-      if (j % 2 == 0) {
-        desk.packed.set_values(j, page + D, j + 1 < keys ? pages + key_page[j + 1] * page_stride + D : nullptr);
-      }
-    }
+    const auto page = [&](int64_t j) { return pages + key_page[j] * page_stride; };
+    const auto fetch = [&](int64_t j, uint32_t* to) {
+      turned(desk, page(j), key_image[j], key_position[j], to);
+    };
+    desk.gather(keys, fetch, [&](int64_t j) { return page(j) + D; });
   }
 
   void gather_query(Desk<D>& desk, int64_t i, int64_t g, uint32_t* to) const {
     turned(desk, query + row[i] * query_stride + g * head_stride, image[i], position[i], to);
   }
 
-  const uint32_t* turned(Desk<D>& desk, const BFloat16* from, bool turns, int64_t at, uint32_t* to) const {
+  void turned(Desk<D>& desk, const BFloat16* from, bool turns, int64_t at, uint32_t* to) const {
     if (turns) {
       load_row(from, desk.row, D);
       rotate_row<D>(desk.row, angles + at * D);
       pack_row<D>(desk.row, to);
     } else {
-      std::copy_n(reinterpret_cast<const uint16_t*>(from), D, halves(to));
+      copy_row<D>(from, to);
     }
-    return to;
   }
 };
 
@@ -242,24 +353,28 @@ void prefill(const Tensor& query, const Tensor& pages, const Tensor& rows, const
   const int64_t requests = query_ptr.size(0) - 1, kv_heads = pages.size(1);
   const int64_t group = query.size(1) / kv_heads;
   const int64_t *q_ptr = query_ptr.data_ptr<int64_t>(), *k_ptr = key_ptr.data_ptr<int64_t>();
-  at::parallel_for(0, requests * kv_heads, 1, [&](int64_t begin, int64_t end) {
-    const Tiles tiles;
-    Desk<D> desk;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t r = task / kv_heads, h = task % kv_heads;
-      const Prefill<D> work{query.data_ptr<BFloat16>() + h * group * query.stride(1),
-                            pages.data_ptr<BFloat16>() + h * pages.stride(1),
-                            out.data_ptr<BFloat16>() + h * group * out.stride(1),
-                            query.stride(0), query.stride(1), pages.stride(0), out.stride(0), out.stride(1),
-                            group,
-                            rows.data_ptr<int64_t>() + q_ptr[r], positions.data_ptr<int64_t>() + q_ptr[r],
-                            image.data_ptr<bool>() + q_ptr[r], q_ptr[r + 1] - q_ptr[r],
-                            key_page.data_ptr<int64_t>() + k_ptr[r],
-                            key_positions.data_ptr<int64_t>() + k_ptr[r],
-                            key_image.data_ptr<bool>() + k_ptr[r], k_ptr[r + 1] - k_ptr[r],
-                            angles.data_ptr<float>(), static_cast<float>(scale)};
-      if (work.queries > 0) work.run(desk);
-    }
+  share_out<D>(requests * kv_heads, [&](Desk<D>& desk, int64_t task) {
+    const int64_t r = task / kv_heads, h = task % kv_heads;
+    const Prefill<D> work{query.data_ptr<BFloat16>() + h * group * query.stride(1),
+                          pages.data_ptr<BFloat16>() + h * pages.stride(1),
+                          out.data_ptr<BFloat16>() + h * group * out.stride(1),
+                          query.stride(0),
+                          query.stride(1),
+                          pages.stride(0),
+                          out.stride(0),
+                          out.stride(1),
+                          group,
+                          rows.data_ptr<int64_t>() + q_ptr[r],
+                          positions.data_ptr<int64_t>() + q_ptr[r],
+                          image.data_ptr<bool>() + q_ptr[r],
+                          q_ptr[r + 1] - q_ptr[r],
+                          key_page.data_ptr<int64_t>() + k_ptr[r],
+                          key_positions.data_ptr<int64_t>() + k_ptr[r],
+                          key_image.data_ptr<bool>() + k_ptr[r],
+                          k_ptr[r + 1] - k_ptr[r],
+                          angles.data_ptr<float>(),
+                          static_cast<float>(scale)};
+    if (work.queries > 0) work.run(desk);
   });
 }
 
@@ -272,34 +387,23 @@ void weighed(const Tensor& query, const Tensor& key, const Tensor& value, const 
   const auto row = [](const Tensor& x, int64_t t, int64_t h) {
     return x.data_ptr<BFloat16>() + t * x.stride(0) + h * x.stride(1);
   };
-  at::parallel_for(0, sequences * heads, 1, [&](int64_t begin, int64_t end) {
-    const Tiles tiles;
-    Desk<D> desk;
-    std::vector<float> padded_bias;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t s = task / heads, h = task % heads, first = start[s], tokens = start[s + 1] - first;
-      if (tokens == 0) continue;
-      desk.packed.start(tokens);
-      for (int64_t j = 0; j < tokens; ++j) {
-        std::copy_n(reinterpret_cast<const uint16_t*>(row(key, first + j, h)), D, halves(desk.pairs));
-        desk.packed.set_key(j, desk.pairs);
-        if (j % 2 == 0) {
-          desk.packed.set_values(j, row(value, first + j, h), j + 1 < tokens ? row(value, first + j + 1, h) : nullptr);
-        }
+  share_out<D>(sequences * heads, [&](Desk<D>& desk, int64_t task) {
+    const int64_t s = task / heads, h = task % heads, first = start[s], tokens = start[s + 1] - first;
+    if (tokens == 0) return;
+    desk.gather(
+        tokens, [&](int64_t j, uint32_t* to) { copy_row<D>(row(key, first + j, h), to); },
+        [&](int64_t j) { return row(value, first + j, h); });
+    desk.bias.assign(desk.packed.padded, 0.f);
+    for (int64_t j = 0; j < tokens; ++j) desk.bias[j] = bias.data_ptr<float>()[first + j] * kOctaves;
+    for (int64_t q = 0; q < tokens; q += kQueries) {
+      const int64_t n = std::min(kQueries, tokens - q);
+      std::fill(desk.query, desk.query + kQueries * D / 2, 0u);
+      for (int64_t i = 0; i < n; ++i) {
+        copy_row<D>(row(query, first + q + i, h), desk.query + i * (D / 2));
       }
-      padded_bias.assign(desk.packed.padded, 0.f);
-      std::copy_n(bias.data_ptr<float>() + first, tokens, padded_bias.data());
-      for (int64_t q = 0; q < tokens; q += kQueries) {
-        const int64_t n = std::min(kQueries, tokens - q);
-        std::fill(desk.query, desk.query + kQueries * D / 2, 0u);
-        for (int64_t i = 0; i < n; ++i) {
-          std::copy_n(reinterpret_cast<const uint16_t*>(row(query, first + q + i, h)), D,
-                      halves(desk.query + i * (D / 2)));
-        }
-        desk.attend(tokens, 0, static_cast<float>(scale), padded_bias.data());
-        for (int64_t i = 0; i < n; ++i) {
-          store_row(desk.mixed + i * D, row(out, first + q + i, h), D, desk.over_sum[i]);
-        }
+      desk.template attend<true>(tokens, 0, static_cast<float>(scale) * kOctaves, desk.bias.data());
+      for (int64_t i = 0; i < n; ++i) {
+        store_row(desk.mixed + i * D, row(out, first + q + i, h), D, desk.over_sum[i]);
       }
     }
   });
