@@ -216,9 +216,14 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
             return output.zero_()
         batch, angles = attn_metadata.batch, self.angles
         assert angles is not None, "the model sets the rotation angles before its first step"
+        rows, out = batch.page_slots.shape[0], output
+        if rows < query.shape[0]:
+            # Rows behind the batch's only fill the matrix products up.
+            output[rows:].zero_()
+            query, key, value, out = (x[:rows] for x in (query, key, value, output))
         pages, _ = unmerging.page_rows(kv_cache)
         self.implementation.write_pages(key, value, pages, batch.page_slots)
-        self.implementation.attend(query, pages, batch, attn_metadata.plan, angles, self.scale, output)
+        self.implementation.attend(query, pages, batch, attn_metadata.plan, angles, self.scale, out)
         if self.ranks_images and batch.ranked:
             batch.mass = self.implementation.attention_mass(
                 query, pages, batch, attn_metadata.plan, angles, self.scale

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig
 from vllm.compilation.decorators import support_torch_compile
@@ -28,6 +29,7 @@ from vllm.v1.attention.backend import AttentionType
 from .attention import HybridAttention, HybridMetadata, implementation
 from .config import HybridConfig
 from .planning import RowPlan, StepImages
+from .row_shapes import filled_up
 from .step import Step, TierPages
 from .tiers import Tier
 from .unmerging import rotation_angles
@@ -247,27 +249,31 @@ class HybridLlamaModel(nn.Module):
     def _forward_live_rows(
         self, step: Step, metadata: list[HybridMetadata], hidden_states: torch.Tensor
     ) -> torch.Tensor:
-        padded = hidden_states.shape[0]
+        virtual_rows = hidden_states.shape[0]
         plan = live = step.lower_plan()
         batch = step.tier_batch(plan, metadata[0], self._pages[0], self.implementation)
-        if step.images is not None or padded != plan.rows.shape[0]:
-            hidden_states = hidden_states[plan.rows]
-        hidden_states, residual = self._stacks[0](_rope_positions(plan, step), hidden_states)
+        rows = filled_up(plan.rows)
+        in_place = step.images is None and virtual_rows == rows.shape[0]
+        if not in_place:
+            hidden_states = hidden_states[rows]
+        hidden_states, residual = self._stacks[0](_rope_positions(plan, step, rows), hidden_states)
         if len(self._stacks) > 1:
             heads = self.config.num_attention_heads
             plan = step.upper_plan(live, batch, self.hybrid.fastv_ratio, heads)
             step.tier_batch(plan, metadata[1], self._pages[1], self.implementation)
             if plan is not live:
-                kept = torch.searchsorted(live.rows, plan.rows)
+                rows = filled_up(plan.rows)
+                kept = torch.searchsorted(live.rows, rows)
                 hidden_states, residual = hidden_states[kept], residual[kept]
-            hidden_states, residual = self._stacks[1](_rope_positions(plan, step), hidden_states, residual)
+            positions = _rope_positions(plan, step, rows)
+            hidden_states, residual = self._stacks[1](positions, hidden_states, residual)
         if self.watcher is not None and step.images is not None:
             self.watcher(step.images, live, plan)
         hidden_states = self.norm(hidden_states, residual)[0]
-        if step.images is None and padded == plan.rows.shape[0]:
+        if in_place:
             return hidden_states
         # Of the virtual rows only each request's last one is ever sampled from.
-        virtual = hidden_states.new_empty(padded, hidden_states.shape[1])
+        virtual = hidden_states.new_empty(virtual_rows, hidden_states.shape[1])
         last = batch.query_ptr[1:].long() - 1
         virtual.index_copy_(0, last, hidden_states[plan.row_of[last]])
         return virtual
@@ -279,9 +285,13 @@ class HybridLlamaModel(nn.Module):
         raise NotImplementedError("pipeline parallelism is refused at start")
 
 
-def _rope_positions(plan: RowPlan, step: Step) -> torch.Tensor:
-    """Positions to rotate rows by: a text row's own, and 0, which turns nothing, for image rows."""
-    return torch.where(plan.image < 0, step.positions[plan.rows], 0)
+def _rope_positions(plan: RowPlan, step: Step, rows: torch.Tensor) -> torch.Tensor:
+    """Positions to rotate rows by: a text row's own, and 0, which turns nothing, for image rows.
+
+    ``rows`` are the plan's, perhaps filled up.
+    """
+    turn = torch.where(plan.image < 0, step.positions[plan.rows], 0)
+    return turn if rows is plan.rows else F.pad(turn, (0, rows.shape[0] - turn.shape[0]))
 
 
 def _attention_type(hybrid: HybridConfig) -> type[LlamaAttention]:

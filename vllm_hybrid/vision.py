@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from vllm.model_executor.models.clip import CLIPAttention, CLIPVisionModel
+from vllm.model_executor.models.clip import CLIPEncoderLayer, CLIPVisionModel
 
 from . import cpu_attention
 from .merging import PackedTokens, live_rows, log_size_bias, merge, pad, unpad
 from .ranks import sum_over_ranks
+from .row_shapes import by_blocks
 
 
 @dataclass
@@ -52,24 +54,28 @@ def encode_merged(
     tokens = PackedTokens.start(hidden)
     layers = model.encoder.layers
     for layer, threshold in zip(layers, thresholds or [None] * len(layers), strict=True):
-        attended, metric = _attend(
-            layer.self_attn, layer.layer_norm1(tokens.hidden), tokens, threshold is not None
-        )
+        attended, metric = _attend(layer, tokens, threshold is not None)
         tokens.hidden = tokens.hidden + attended
         if threshold is not None:
             tokens = merge(tokens, metric, threshold)
-        tokens.hidden = tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden))
+        tokens.hidden = by_blocks(partial(_add_mlp, layer), tokens.hidden)
     return _without_class_tokens(tokens, patches)
 
 
+def _add_mlp(layer: CLIPEncoderLayer, rows: torch.Tensor) -> torch.Tensor:
+    return rows + layer.mlp(layer.layer_norm2(rows))
+
+
 def _attend(
-    attention: CLIPAttention, hidden: torch.Tensor, tokens: PackedTokens, wants_metric: bool
+    layer: CLIPEncoderLayer, tokens: PackedTokens, wants_metric: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Proportional attention inside every image, and the merge metric: keys averaged over all heads."""
+    attention = layer.self_attn
     heads, head_dim = attention.num_heads_per_partition, attention.head_dim
-    qkv, _ = attention.qkv_proj(hidden)
+    qkv = by_blocks(lambda rows: attention.qkv_proj(layer.layer_norm1(rows))[0], tokens.hidden)
     parts = [x.unflatten(-1, (heads, head_dim)) for x in qkv.chunk(3, dim=-1)]
-    out, _ = attention.out_proj(_mix(parts, tokens, attention.scale).flatten(-2))
+    mixed = _mix(parts, tokens, attention.scale).flatten(-2)
+    out = by_blocks(lambda rows: attention.out_proj(rows)[0], mixed)
     if not wants_metric:
         return out, out
     metric = parts[1].float().sum(dim=-2)
