@@ -25,6 +25,7 @@ from vllm.sequence import IntermediateTensors
 from .config import HybridConfig
 from .decoder import HybridLlamaForCausalLM
 from .planning import RowPlan, StepImages
+from .row_shapes import by_blocks
 from .settings import hybrid_config, num_patches
 from .vision import encode_merged
 
@@ -119,7 +120,7 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         merged = encode_merged(
             self.vision_tower, image_input["pixel_values"], self.hybrid.thresholds or (), self.patches
         )
-        projected = self.multi_modal_projector(merged.features)
+        projected = by_blocks(self.multi_modal_projector, merged.features)
         features = projected.new_zeros(merged.owner.shape[0], self.patches, projected.shape[1])
         features[merged.image, merged.rank] = projected
         return self._with_owners(features, merged.owner)
