@@ -34,7 +34,7 @@ def filled_up(picked: torch.Tensor) -> torch.Tensor:
 
 
 def by_blocks(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """A function that treats every row alike, on a CPU applied to blocks of up to 1024 rows, a multiple of 128.
+    """A function that treats every row alike; on a CPU in blocks of up to 1024 rows, a multiple of 128.
 
     Args:
         function: [n, C] to [n, D].
