@@ -275,7 +275,7 @@ def test_a_page_of_another_request_is_an_error(world: World, walk: Any, seed: in
 
 
 @pytest.mark.parametrize("heads", [(4, 2, 64), (3, 1, 128), (2, 2, 96)])
-@pytest.mark.parametrize("later", [0, 9])
+@pytest.mark.parametrize("later", [0, 1, 9])
 @pytest.mark.parametrize("text", [12, 310])
 def test_bfloat16_stays_within_its_rounding(
     heads: tuple[int, int, int], text: int, later: int, seed: int
@@ -315,6 +315,42 @@ def test_bfloat16_stays_within_its_rounding(
         for row, answer in zip(mine, wanted, strict=True):
             if row in got:
                 assert (got[row] - answer).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 64), (6, 2, 64), (16, 16, 64), (20, 4, 128), (33, 3, 64)])
+@pytest.mark.parametrize("requests", [1, 3])
+def test_bfloat16_decodes_and_masses_equal_those_of_the_same_numbers_in_float32(
+    heads: tuple[int, int, int], requests: int, seed: int
+) -> None:
+    lengths, starts = [PATCHES + 90, 2 * PATCHES + 7, 30], [[2], [0, PATCHES + 3], []]
+    world = World(*heads, 8, lengths[:requests], starts[:requests], [[11], [PATCHES, 1], []][:requests])
+    plan = planning.plan_live_rows(world.query_start[-1], world.images)
+    query, key, value = random_rows(world, plan.rows.shape[0])
+    world.store(plan, key, value)
+    world.rows = world.rows.bfloat16()
+    keys = cpu_attention.walk_pages(
+        world.facts, world.table, torch.tensor(world.lengths), PATCHES, world.step
+    )
+    last = torch.tensor(world.query_start[1:]) - 1
+    order = torch.arange(requests)
+    step = RowPlan(order, order, order, torch.full_like(order, -1))
+    starts_of = list(range(requests + 1))
+    batch = TierBatch(
+        step, world.positions[last], starts_of, torch.tensor(starts_of).int(), order, keys, order.tolist()
+    )
+    given = unmerging.rotate(query[plan.row_of[last]], world.angles[world.positions[last]]).bfloat16()
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        rows, out = world.rows.to(dtype), torch.full_like(given, torch.nan, dtype=dtype)
+        _attend_cpu(given.to(dtype), rows, batch, world.angles, world.scale, out)
+        everyone = torch.zeros(keys.row_page.shape[0])
+        cpu_attention._decode(
+            given.to(dtype), order, order, rows, keys, world.angles, world.scale, out.clone(), everyone
+        )
+        found.append((out.float(), everyone))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=2**-7)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
+    assert abs(float(found[0][1].sum()) - heads[0] * requests) < 1e-3
 
 
 @pytest.mark.parametrize("head_size", [64, 128])

@@ -22,7 +22,8 @@ from .compiling import compile_extension
 from .planning import VirtualKeys
 from .unmerging import TierBatch
 
-_SOURCES = [Path(__file__).parent / "csrc" / name for name in ("cpu_attention.cpp", "cpu_bf16.cpp")]
+_NAMES = ("cpu_attention.cpp", "cpu_bf16.cpp", "cpu_bf16_decode.cpp")
+_SOURCES = [Path(__file__).parent / "csrc" / name for name in _NAMES]
 
 
 @functools.cache
@@ -216,6 +217,11 @@ def attend(
         _prefill(query, pages, plan.prefill, angles, scale, out, causal_attention)
 
 
+def _in_bf16(query: torch.Tensor, pages: torch.Tensor) -> bool:
+    """Whether this CPU has bf16 kernels for tensors like these."""
+    return query.dtype == pages.dtype == torch.bfloat16 and extension().bf16_serves(query.shape[2])
+
+
 def _prefill(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -227,7 +233,7 @@ def _prefill(
 ) -> None:
     ops = extension()
     heads, head_size = query.shape[1:]
-    if query.dtype == pages.dtype == torch.bfloat16 and ops.bf16_serves(head_size):
+    if _in_bf16(query, pages):
         ops.bf16_prefill(
             query,
             pages,
@@ -265,7 +271,8 @@ def _decode(
     out: torch.Tensor,
     mass: torch.Tensor | None,
 ) -> None:
-    extension().decode(
+    ops = extension()
+    (ops.bf16_decode if _in_bf16(query, pages) else ops.decode)(
         query,
         rows,
         requests,

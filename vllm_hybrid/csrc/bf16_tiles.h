@@ -4,6 +4,8 @@
 // [key / 2][channels]: what a dot product of pairs eats, and also what AMX takes as its second operand.
 #pragma once
 
+#include "bf16_rows.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -12,7 +14,6 @@
 #include <immintrin.h>
 
 constexpr int64_t kTile = 64;
-constexpr int64_t kLanes = 16;
 
 #if defined(__AMX_BF16__)
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cpu_bf16.h"
+#include "decode_task.h"
 
 #define DISPATCH(TYPE, NAME, ...)                                                                       \
   AT_DISPATCH_SWITCH(TYPE, NAME,                                                                        \
@@ -272,64 +273,63 @@ void segment_mean(const Tensor& copies, const Tensor& order, const Tensor& segme
   });
 }
 
-// One decode query over some heads: the scores of every virtual key, their softmax, the weighted values.
-template <typename scalar_t>
-struct Decode {
-  const scalar_t* query;      // [q_heads, head_size], q_stride apart
-  const scalar_t* pages;      // page rows, at the first of the heads
-  scalar_t* out;              // [q_heads, head_size], out_stride apart
-  int64_t q_stride, out_stride, row_stride, head_stride;
-  int64_t q_heads, group, head_size;
-  float scale;
-  const float* table;
-  const int64_t* page;        // of the request's rows
-  const bool* is_image;
-  const int64_t* member_ptr;
-  const int64_t* member_pos;
-  int64_t rows;
-  float* mass;                // per row, or null
-  std::vector<float>*q, *logit, *weight, *acc;
+struct Desk {
+  std::vector<float> query, logit, weight, mixed;
+};
 
-  template <int64_t D>
+// One decode query over some heads: the scores of every virtual key, their softmax, the weighted values. D is
+// the head size where the compiler may know it, else 0.
+template <typename scalar_t, int64_t D>
+struct Decode {
+  const DecodeTask<scalar_t>& task;
+  Desk& desk;
+  const int64_t d = D ? D : task.head_size, first = task.member_ptr[0],
+                keys = task.member_ptr[task.rows] - first;
+
   void run() const {
-    const int64_t d = D ? D : head_size, first = member_ptr[0], keys = member_ptr[rows] - first;
-    q->resize(q_heads * d);
-    logit->resize(q_heads * keys);
-    weight->resize(q_heads * rows);
-    acc->assign(q_heads * d, 0.f);
-    for (int64_t g = 0; g < q_heads; ++g) {
-      each(query + g * q_stride, d, [&](int64_t i, const Vec& v) { (v * Vec(scale)).store(q->data() + g * d + i); });
+    desk.query.resize(task.heads * d);
+    desk.logit.resize(task.heads * keys);
+    desk.weight.resize(task.heads * task.rows);
+    desk.mixed.assign(task.heads * d, 0.f);
+    for (int64_t g = 0; g < task.heads; ++g) {
+      float* to = desk.query.data() + g * d;
+      each(task.query + g * task.query_stride, d,
+           [&](int64_t i, const Vec& v) { (v * Vec(task.scale)).store(to + i); });
     }
-    for (int64_t row = 0; row < rows; ++row) score<D>(row, d, first, keys);
-    for (int64_t g = 0; g < q_heads; ++g) {
-      row_weights(logit->data() + g * keys, keys, member_ptr, rows, weight->data() + g * rows);
+    for (int64_t row = 0; row < task.rows; ++row) score(row);
+    for (int64_t g = 0; g < task.heads; ++g) {
+      row_weights(desk.logit.data() + g * keys, keys, task.member_ptr, task.rows,
+                  desk.weight.data() + g * task.rows);
     }
-    for (int64_t row = 0; row < rows; ++row) {
-      const scalar_t* value = pages + page[row] * row_stride + d;
-      for (int64_t g = 0; g < q_heads; ++g) {
-        const float w = (*weight)[g * rows + row];
-        add(value + g / group * head_stride, acc->data() + g * d, d, w);
-        if (mass) mass[row] += w;
+    for (int64_t row = 0; row < task.rows; ++row) {
+      for (int64_t g = 0; g < task.heads; ++g) {
+        const float w = desk.weight[g * task.rows + row];
+        add(key(row, g) + d, desk.mixed.data() + g * d, d, w);
+        if (task.mass) task.mass[row] += w;
       }
     }
-    for (int64_t g = 0; g < q_heads; ++g) store(acc->data() + g * d, out + g * out_stride, d);
+    for (int64_t g = 0; g < task.heads; ++g) {
+      store(desk.mixed.data() + g * d, task.out + g * task.out_stride, d);
+    }
   }
 
-  template <int64_t D>
-  void score(int64_t row, int64_t d, int64_t first, int64_t keys) const {
+  const scalar_t* key(int64_t row, int64_t head) const {
+    return task.pages + task.page[row] * task.page_stride + head / task.group * task.head_stride;
+  }
+
+  void score(int64_t row) const {
     alignas(64) float k[512], z[512];
-    const scalar_t* key = pages + page[row] * row_stride;
-    const int64_t begin = member_ptr[row], end = member_ptr[row + 1];
-    for (int64_t g = 0; g < q_heads; ++g) {
-      if (g % group == 0) load(key + g / group * head_stride, k, d);
-      const float* qg = q->data() + g * d;
-      float* to = logit->data() + g * keys - first;
-      if (!is_image[row]) {
-        to[begin] = dot<D>(qg, k, d);
+    const int64_t begin = task.member_ptr[row], end = task.member_ptr[row + 1];
+    for (int64_t g = 0; g < task.heads; ++g) {
+      if (g % task.group == 0) load(key(row, g), k, d);
+      const float* q = desk.query.data() + g * d;
+      float* to = desk.logit.data() + g * keys - first;
+      if (!task.is_image[row]) {
+        to[begin] = dot<D>(q, k, d);
         continue;
       }
-      correlate(qg, k, z, d / 2);
-      for (int64_t m = begin; m < end; ++m) to[m] = dot<D>(z, table + member_pos[m] * d, d);
+      correlate(q, k, z, d / 2);
+      for (int64_t m = begin; m < end; ++m) to[m] = dot<D>(z, task.angles + task.member_pos[m] * d, d);
     }
   }
 };
@@ -339,42 +339,18 @@ struct Decode {
 void decode(const Tensor& query, const Tensor& query_rows, const Tensor& requests, const Tensor& pages,
             const Tensor& row_ptr, const Tensor& row_page, const Tensor& row_image, const Tensor& member_ptr,
             const Tensor& member_pos, const Tensor& angles, double scale, const Tensor& out, const Tensor& mass) {
-  const int64_t queries = query_rows.size(0), heads = query.size(1), head_size = query.size(2);
-  const int64_t kv_heads = pages.size(1), group = heads / kv_heads;
-  TORCH_CHECK(query.stride(2) == 1 && pages.stride(2) == 1 && out.stride(2) == 1,
-              "decode needs unit stride along the head");
+  const int64_t head_size = query.size(2);
   TORCH_CHECK(head_size % 32 == 0 && head_size <= 512, "the head size is ", head_size,
               ", but CPU attention needs a multiple of 32 up to 512");
-  const int64_t *q_row = query_rows.data_ptr<int64_t>(), *req = requests.data_ptr<int64_t>();
-  const int64_t *rptr = row_ptr.data_ptr<int64_t>(), *mptr = member_ptr.data_ptr<int64_t>();
-  // A page row holds all heads, so rows are the outer loop; requests are split by heads only where there
-  // are fewer of them than threads.
-  const int64_t shares = std::clamp<int64_t>(at::get_num_threads() / std::max<int64_t>(queries, 1), 1, kv_heads);
-  const bool wants_mass = mass.numel() > 0;
-  Tensor share_mass = wants_mass ? at::zeros({shares, mass.size(0)}, at::kFloat) : mass;
   DISPATCH(query.scalar_type(), "decode", [&] {
-    at::parallel_for(0, queries * shares, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> q, logit, weight, acc;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t i = task / shares, share = task % shares, row0 = rptr[req[i]];
-        const int64_t head0 = share * kv_heads / shares, head1 = (share + 1) * kv_heads / shares;
-        const Decode<scalar_t> work{
-            query.data_ptr<scalar_t>() + q_row[i] * query.stride(0) + head0 * group * query.stride(1),
-            pages.data_ptr<scalar_t>() + head0 * pages.stride(1),
-            out.data_ptr<scalar_t>() + q_row[i] * out.stride(0) + head0 * group * out.stride(1),
-            query.stride(1), out.stride(1), pages.stride(0), pages.stride(1),
-            (head1 - head0) * group, group, head_size, static_cast<float>(scale), angles.data_ptr<float>(),
-            row_page.data_ptr<int64_t>() + row0, row_image.data_ptr<bool>() + row0, mptr + row0,
-            member_pos.data_ptr<int64_t>(), rptr[req[i] + 1] - row0,
-            wants_mass ? share_mass.data_ptr<float>() + share * mass.size(0) + row0 : nullptr,
-            &q, &logit, &weight, &acc};
-        if (head_size == 64) work.template run<64>();
-        else if (head_size == 128) work.template run<128>();
-        else work.template run<0>();
-      }
-    });
+    const auto run = [&](const DecodeTask<scalar_t>& task, Desk& desk) {
+      if (head_size == 64) Decode<scalar_t, 64>{task, desk}.run();
+      else if (head_size == 128) Decode<scalar_t, 128>{task, desk}.run();
+      else Decode<scalar_t, 0>{task, desk}.run();
+    };
+    run_decodes<scalar_t, Desk>(query, query_rows, requests, pages, row_ptr, row_page, row_image, member_ptr,
+                                member_pos, angles, scale, out, mass, run);
   });
-  if (wants_mass) mass.copy_(share_mass.sum(0));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -383,6 +359,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("expand", &expand);
   m.def("segment_mean", &segment_mean);
   m.def("decode", &decode);
+  m.def("bf16_decode", &bf16_decode);
   m.def("bf16_serves", &bf16_serves);
   m.def("bf16_prefill", &bf16_prefill);
   m.def("bf16_weighed", &bf16_weighed);

@@ -9,6 +9,7 @@
 // The Python side (vllm_hybrid/cpu_attention.py) documents shapes and meaning of every argument.
 #include "cpu_bf16.h"
 
+#include "bf16_rows.h"
 #include "bf16_tiles.h"
 
 #include <ATen/Parallel.h>
@@ -17,7 +18,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -28,22 +28,6 @@ namespace {
 
 using at::BFloat16;
 using at::Tensor;
-
-// Base 2 exponents in one of base e.
-constexpr float kOctaves = 1.44269504f;
-
-// A row of bf16 as pairs of neighbouring channels, which it is.
-template <int64_t D>
-inline void copy_row(const BFloat16* from, uint32_t* to) {
-  std::memcpy(to, from, D * sizeof(BFloat16));
-}
-
-inline void load_row(const BFloat16* from, float* to, int64_t n) {
-  for (int64_t c = 0; c < n; c += kLanes) {
-    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + c));
-    _mm512_storeu_ps(to + c, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)));
-  }
-}
 
 // x <- rotation of x (two halves) by the angles whose cosines and sines stand in `angles`.
 template <int64_t D>
@@ -128,17 +112,6 @@ struct Packed {
     }
   }
 };
-
-// 2^x to 3e-6 of itself, by a polynomial on x - floor(x); 0 far below.
-inline __m512 exp2(__m512 x) {
-  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 y = _mm512_set1_ps(0.0135341668f);
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.0520114675f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.241442755f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.693003833f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.00000262f));
-  return _mm512_scalef_ps(y, x);
-}
 
 // The greatest of each lane of `n` floats, a multiple of 64.
 inline __m512 greatest(const float* x, int64_t n) {
@@ -411,12 +384,12 @@ void weighed(const Tensor& query, const Tensor& key, const Tensor& value, const 
 
 }  // namespace
 
-bool bf16_serves(int64_t head_size) { return (head_size == 64 || head_size == 128) && tiles_granted(); }
-
-#define BY_HEAD_SIZE(CALL, ...)                        \
-  TORCH_CHECK(bf16_serves(query.size(2)), "head size " , query.size(2), " has no bf16 kernel"); \
-  if (query.size(2) == 64) CALL<64>(__VA_ARGS__);      \
+#define BY_HEAD_SIZE(CALL, ...)                                                                 \
+  TORCH_CHECK(bf16_serves(query.size(2)), "head size ", query.size(2), " has no bf16 kernel"); \
+  if (query.size(2) == 64) CALL<64>(__VA_ARGS__);                                              \
   else CALL<128>(__VA_ARGS__)
+
+bool bf16_serves(int64_t head_size) { return (head_size == 64 || head_size == 128) && tiles_granted(); }
 
 void bf16_prefill(const Tensor& query, const Tensor& pages, const Tensor& rows, const Tensor& positions,
                   const Tensor& image, const Tensor& query_ptr, const Tensor& key_page,

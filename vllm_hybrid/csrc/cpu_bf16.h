@@ -1,4 +1,4 @@
-// Attention of many queries in bf16 on CPUs with AVX512-BF16: see cpu_bf16.cpp.
+// Attention in bf16 on CPUs with AVX512-BF16: see cpu_bf16.cpp, and for single queries cpu_bf16_decode.cpp.
 #pragma once
 #include <torch/extension.h>
 
@@ -12,3 +12,8 @@ void bf16_prefill(const at::Tensor& query, const at::Tensor& pages, const at::Te
 
 void bf16_weighed(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                   const at::Tensor& starts, const at::Tensor& bias, double scale, const at::Tensor& out);
+
+void bf16_decode(const at::Tensor& query, const at::Tensor& query_rows, const at::Tensor& requests,
+                 const at::Tensor& pages, const at::Tensor& row_ptr, const at::Tensor& row_page,
+                 const at::Tensor& row_image, const at::Tensor& member_ptr, const at::Tensor& member_pos,
+                 const at::Tensor& angles, double scale, const at::Tensor& out, const at::Tensor& mass);
