@@ -217,9 +217,9 @@ def attend(
         _prefill(query, pages, plan.prefill, angles, scale, out, causal_attention)
 
 
-def _in_bf16(query: torch.Tensor, pages: torch.Tensor) -> bool:
+def _in_bf16(query: torch.Tensor, keys: torch.Tensor) -> bool:
     """Whether this CPU has bf16 kernels for tensors like these."""
-    return query.dtype == pages.dtype == torch.bfloat16 and extension().bf16_serves(query.shape[2])
+    return query.dtype == keys.dtype == torch.bfloat16 and extension().bf16_serves(query.shape[2])
 
 
 def _prefill(
@@ -311,7 +311,7 @@ def proportional_attention(
         The shape of query; None where this CPU has no kernel for the dtype or the head size.
 
     """
-    if query.dtype != torch.bfloat16 or not extension().bf16_serves(query.shape[-1]):
+    if not _in_bf16(query, key):
         return None
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     starts = F.pad(lengths.cumsum(0), (1, 0))
