@@ -27,6 +27,7 @@ from vllm_hybrid import gpu_attention, pages, planning, unmerging  # noqa: E402
 from vllm_hybrid.kernels import decode as decode_kernel  # noqa: E402
 from vllm_hybrid.kernels.decode import split_count  # noqa: E402
 from vllm_hybrid.kernels.lists import KeyLists, query_lists  # noqa: E402
+from vllm_hybrid.planning import RowPlan  # noqa: E402
 from vllm_hybrid.unmerging import TierBatch  # noqa: E402
 
 
@@ -138,6 +139,9 @@ def test_a_page_of_another_request_leaves_no_keys(world: World) -> None:
     lengths = torch.tensor([world.lengths[1]] * 4)
     got = gpu_attention.walk_pages(world.facts, world.table[[1, 0, 2, 3]], lengths, PATCHES, world.step)
     assert got.count[1] == -1
+    foreign = torch.tensor([True, False, True, True])
+    gpu_attention.mark_foreign(got, foreign)
+    assert foreign.tolist() == (got.count < 0).tolist()
 
 
 def test_walks_stay_inside_their_lists_whatever_pages_say(world: World) -> None:
@@ -154,6 +158,35 @@ def test_walks_stay_inside_their_lists_whatever_pages_say(world: World) -> None:
     lengths = torch.randint(1, world.table.shape[1] * block_size + 1, (len(world.lengths),)).int()
     got = gpu_attention.walk_pages(facts, world.table, lengths, PATCHES, world.step)
     assert ((got.count >= -1) & (got.count <= lengths)).all()
+
+
+def test_a_captured_decode_writes_every_row(seed: int) -> None:  # noqa: F811
+    """A graph captured for four requests is replayed for two: the rows that fill it up are answered too."""
+    world = World(4, 2, 64, 8, lengths=[9, PATCHES + 7], image_starts=[[], [3]], live=[[], [11]])
+    plan = planning.plan_live_rows(world.query_start[-1], world.images)
+    _, key, value = shared.random_rows(world, plan.rows.shape[0])
+    world.store(plan, key, value)
+    requests, real = 4, 2
+    rows = torch.arange(requests)
+    lengths = torch.tensor([*world.lengths, 0, 0])
+    table = torch.zeros(requests, world.table.shape[1], dtype=torch.int32)
+    table[:real] = world.table
+    keys = gpu_attention.walk_pages(world.facts, table, lengths, PATCHES, world.step)
+    query = torch.randn(requests, 4, 64)
+    out = torch.full_like(query, torch.nan)
+    batch = TierBatch(
+        plan=RowPlan(rows=rows, row_of=rows, stored_at=rows, image=torch.full_like(rows, -1)),
+        positions=torch.zeros(requests, dtype=torch.int64),
+        # The host's view is the capture's; the device's is the replay's.
+        query_start=list(range(requests + 1)),
+        query_ptr=torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32),
+        page_slots=torch.zeros(requests, dtype=torch.int64),
+        keys=keys,
+        ranked=[],
+    )
+    _attend(query, world.rows, batch, world.angles, world.scale, out)
+    assert not out[:real].isnan().any() and out[:real].any()
+    assert torch.equal(out[real:], torch.zeros_like(out[real:]))
 
 
 def test_requests_without_keys_answer_zero(seed: int) -> None:  # noqa: F811

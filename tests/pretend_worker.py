@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from tests.reference import keep_count
-from vllm_hybrid.scheduler import LIVE_COUNTS
+from vllm_hybrid.scheduler import FOREIGN_PAGES, LIVE_COUNTS
 
 
 @dataclass
@@ -60,6 +60,7 @@ class PretendWorker:
 
     Attributes:
         silent: images whose counts are not told.
+        lost: requests of which it says that a page holds another's data.
 
     """
 
@@ -73,6 +74,7 @@ class PretendWorker:
         self.requests: dict[str, Tagged] = {}
         self.encoded: set[str] = set()
         self.silent: set[str] = set()
+        self.lost: set[str] = set()
 
     def slots(self, image: str) -> list[int]:
         """Slots an image needs in each tier."""
@@ -108,6 +110,8 @@ class PretendWorker:
         )
         if counts:
             setattr(result, LIVE_COUNTS, counts)
+        if self.lost & stretches.keys():
+            setattr(result, FOREIGN_PAGES, sorted(self.lost & stretches.keys()))
         return result
 
     def _take_in(self, output: SchedulerOutput) -> dict[str, int]:

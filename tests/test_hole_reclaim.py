@@ -26,6 +26,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -130,6 +131,8 @@ class Bench:
         self.holes: set[tuple[str, int, int]] = set()
         self.counted: set[str] = set()
         self.totals: Counter[str] = Counter()
+        # Why requests ended, as their clients are told.
+        self.reasons: dict[str, Any] = {}
 
     # Requests
 
@@ -202,6 +205,9 @@ class Bench:
             # The worker answers with the numbers of the positions.
             begin, end = request.num_prompt_tokens, request.num_tokens
             assert list(request.output_token_ids) == list(range(begin, end)), request.request_id
+            if request.request_id in self.worker.lost:
+                assert request.status is RequestStatus.FINISHED_ERROR
+                continue
             assert request.status is RequestStatus.FINISHED_ABORTED or end - begin == request.max_tokens
         self.check_rest()
 
@@ -213,7 +219,10 @@ class Bench:
             # What an aborted request or one preempted since then computed is gone.
             if name in self.scheduler.requests and self.requests[name].num_preemptions == epoch:
                 self._note_holes(name, epoch, end)
-        self.scheduler.update_from_output(output, result)
+        for sent in self.scheduler.update_from_output(output, result).values():
+            self.reasons |= {out.request_id: out.finish_reason for out in sent.outputs if out.finished}
+            failed = [out for out in sent.outputs if out.finish_reason is FinishReason.ERROR]
+            self.totals["requests_with_foreign_pages"] += len(failed)
 
     def _note_holes(self, name: str, epoch: int, end: int) -> None:
         """A request's positions up to ``end`` are computed: which holes have to be free from now on."""
@@ -398,6 +407,22 @@ def test_images_of_a_request_preempted_between_them_are_counted(ahead: bool) -> 
     bench.preempt_all()
     bench.finish()
     assert bench.scheduler.totals["images"] == 2
+
+
+@both_schedulers
+@pytest.mark.parametrize("after", [1, 4, 7])
+def test_a_request_that_lost_a_page_ends_with_an_error_and_alone(ahead: bool, after: int) -> None:
+    """Also when the very step that found it would have been its last."""
+    bench = Bench(PRUNES, ahead)
+    lost, other, text = bench.ask(QUESTION), bench.ask(TWO_IMAGES), bench.ask(Prompt().text(30))
+    for _ in range(after):
+        bench.step()
+    bench.worker.lost = {lost}
+    answered = len(bench.requests[lost].output_token_ids)
+    bench.finish()
+    assert bench.reasons[lost] is FinishReason.ERROR
+    assert len(bench.requests[lost].output_token_ids) <= answered + ahead
+    assert bench.reasons[other] is bench.reasons[text] is FinishReason.LENGTH
 
 
 def test_a_known_count_frees_nothing_that_a_step_under_way_fills() -> None:

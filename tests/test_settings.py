@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engines import STOCK, checkpoint
-from vllm_hybrid.settings import DEFAULT_BLOCK_SIZE
+from vllm_hybrid.settings import DEFAULT_BLOCK_SIZE, FLASHINFER_SAMPLER, sample_without_flashinfer
 
 MERGES = {"thresholds": [0.9, 0.9, 0.9]}
 PRUNES = {"fastv_layer": 2, "fastv_ratio": 0.5}
@@ -97,3 +98,33 @@ def test_nothing_switched_on_leaves_vllms_settings_alone(hybrid: Any) -> None:
         assert getattr(ours.scheduler_config, name) == getattr(stock.scheduler_config, name)
     assert ours.cache_config.block_size == stock.cache_config.block_size
     assert ours.parallel_config.worker_cls == stock.parallel_config.worker_cls
+
+
+@pytest.fixture
+def without_flashinfer(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delenv(FLASHINFER_SAMPLER, raising=False)
+    return monkeypatch
+
+
+def test_a_start_without_flashinfer_samples_without_it(without_flashinfer: pytest.MonkeyPatch) -> None:
+    assert envs.VLLM_USE_FLASHINFER_SAMPLER
+    # Undone with the fixture, whatever the function sets.
+    without_flashinfer.setenv(FLASHINFER_SAMPLER, "0")
+    without_flashinfer.delenv(FLASHINFER_SAMPLER)
+    sample_without_flashinfer()
+    assert not envs.VLLM_USE_FLASHINFER_SAMPLER
+    sample_without_flashinfer()
+
+
+def test_asking_for_an_absent_flashinfer_is_refused(without_flashinfer: pytest.MonkeyPatch) -> None:
+    without_flashinfer.setenv(FLASHINFER_SAMPLER, "1")
+    with pytest.raises(ValueError, match="VLLM_USE_FLASHINFER_SAMPLER=1 asks for flashinfer, which is not"):
+        sample_without_flashinfer()
+
+
+def test_flashinfer_where_it_is_installed_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.delenv(FLASHINFER_SAMPLER, raising=False)
+    sample_without_flashinfer()
+    assert envs.VLLM_USE_FLASHINFER_SAMPLER

@@ -17,6 +17,8 @@ from tests.reference import Reference
 from tests.tiny_checkpoints import decided_images, make_images, pick_thresholds, prompt, write_checkpoint
 
 TOKENS = 8
+# The request that loses a page, behind those whose answers are compared.
+LOST = 3
 
 
 @dataclass
@@ -62,7 +64,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
 @pytest.fixture(scope="module")
 def interpreted(cases: Cases) -> dict[str, Any]:
     """Answers and steps of the Triton kernels: one run for all tests, interpreting is slow."""
-    return _answers(cases.work | {"watched": True}, "triton")
+    lost = {"prompt": prompt("Are you there?", 0), "images": []}
+    requests = [*cases.work["requests"], lost]
+    return _answers(cases.work | {"watched": True, "requests": requests, "spoiled": LOST}, "triton")
 
 
 @pytest.mark.parametrize("attention", ["cpu", "reference"])
@@ -73,7 +77,14 @@ def test_v2_runner_answers_like_the_reference(cases: Cases, attention: str) -> N
 def test_triton_kernels_in_the_v2_runner_answer_like_the_reference(
     cases: Cases, interpreted: dict[str, Any]
 ) -> None:
-    _check_answers(cases, interpreted)
+    _check_answers(cases, interpreted | {"answers": interpreted["answers"][:LOST]})
+
+
+def test_a_request_whose_page_is_another_s_ends_with_an_error_and_alone(interpreted: dict[str, Any]) -> None:
+    """On a device nothing raises; the others' answers are compared with the reference above."""
+    *others, lost = interpreted["answers"]
+    assert lost["finish_reason"] == "error" and 2 <= len(lost["tokens"]) < TOKENS
+    assert [answer["finish_reason"] for answer in others] == ["length"] * LOST
 
 
 def _check_answers(cases: Cases, result: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
+import torch  # noqa: E402
 import triton.backends  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -83,6 +84,31 @@ def watch_steps() -> list[dict[str, Any]]:
     return steps
 
 
+def spoil_a_page(llm: Any, number: int) -> None:
+    """Once a request has begun to answer, have a page of its upper tier describe somebody else's image."""
+    from vllm_hybrid.pages import START
+
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[-1]
+    names = list[str]()
+    take_in, step = scheduler.add_request, llm.llm_engine.step
+
+    def noted(request: Any) -> None:
+        names.append(request.request_id)
+        take_in(request)
+
+    def spoiled() -> Any:
+        request = scheduler.requests.get(names[number]) if len(names) > number else None
+        if request is not None and request.num_output_tokens >= 2:
+            block = manager.req_to_blocks[request.request_id][0].block_id
+            with torch.inference_mode():
+                model.language_model.model._pages[-1].facts[block, 0, START] = 1000
+        return step()
+
+    scheduler.add_request, llm.llm_engine.step = noted, spoiled
+
+
 def answer(work: dict[str, Any]) -> dict[str, Any]:
     """Greedy answers with log-probabilities, the name of the runner that gave them, and its steps."""
     from vllm import LLM, SamplingParams
@@ -104,6 +130,8 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
         images = [Image.open(file) for file in request["images"]]
         extra = {"multi_modal_data": {"image": images}} if images else {}
         prompts.append({"prompt": request["prompt"], **extra})
+    if "spoiled" in work:
+        spoil_a_page(llm, work["spoiled"])
     params = SamplingParams(temperature=0, max_tokens=work["tokens"], logprobs=3, ignore_eos=True)
     outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -113,6 +141,7 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
         "answers": [
             {
                 "tokens": list(output.token_ids),
+                "finish_reason": output.finish_reason,
                 "logprobs": [{token: p.logprob for token, p in step.items()} for step in output.logprobs],
             }
             for output in outputs

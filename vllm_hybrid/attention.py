@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from . import cpu_attention, cpu_dense, unmerging
+from . import unmerging
 from .planning import walk_pages
 from .tiers import SPEC_OF_TIER, Tier, tier_block_sizes
 from .unmerging import TierBatch
@@ -38,13 +38,18 @@ IMPLEMENTATION_ENV = "VLLM_HYBRID_ATTENTION"
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of the attention function: how it writes and reads pages, prepares and attends."""
+    """One implementation of the attention function: how it writes and reads pages, prepares and attends.
+
+    ``walk_pages`` raises where a page holds another request's data, or, on a device, leaves the request
+    without keys; then ``mark_foreign`` writes into bool [requests] whose keys are missing.
+    """
 
     write_pages: Callable[..., None]
     walk_pages: Callable[..., Any]
     plan: Callable[[TierBatch], Any]
     attend: Callable[..., None]
     attention_mass: Callable[..., torch.Tensor]
+    mark_foreign: Callable[[Any, torch.Tensor], None] | None = None
 
 
 def _reference() -> Implementation:
@@ -58,6 +63,9 @@ def _reference() -> Implementation:
 
 
 def _cpu() -> Implementation:
+    # vLLM's CPU modules do not belong in a process that serves on CUDA.
+    from . import cpu_attention, cpu_dense
+
     # Compiling on the first request would keep it waiting.
     cpu_attention.extension()
     return Implementation(
@@ -79,6 +87,7 @@ def _triton() -> Implementation:
         gpu_attention.plan_attention,
         gpu_attention.attend,
         gpu_attention.attention_mass,
+        gpu_attention.mark_foreign,
     )
 
 
@@ -211,9 +220,11 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if attn_metadata is None or attn_metadata.batch is None:
-            # Profiling and warm-up runs have no pages.
+        if attn_metadata is None:
+            # Profiling runs have no pages.
             return output.zero_()
+        if attn_metadata.batch is None:
+            raise RuntimeError("a step reached its attention layers before its rows were planned")
         batch, angles = attn_metadata.batch, self.angles
         assert angles is not None, "the model sets the rotation angles before its first step"
         rows, out = batch.page_slots.shape[0], output

@@ -1,11 +1,11 @@
-"""vLLM's CUDA worker, which also tells the scheduler how many live tokens each new image has."""
+"""vLLM's CUDA worker, which also reports what :mod:`vllm_hybrid.worker` collects."""
 
 from __future__ import annotations
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from .worker import LiveCounts
+from .worker import StepReports
 
 
-class HybridCUDAWorker(LiveCounts, Worker):
-    """The CUDA worker with live counts."""
+class HybridCUDAWorker(StepReports, Worker):
+    """The CUDA worker with step reports."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig
+from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
@@ -139,6 +140,21 @@ class UpperStack(_Stack):
         return hidden_states, residual
 
 
+def make_stacks(
+    vllm_config: VllmConfig, prefix: str, layers: nn.ModuleList, split: int
+) -> tuple[Callable, ...]:
+    """The layers as a lower and an upper stack, or as one where the split is behind the last layer.
+
+    Each has a tag of its own, by which vLLM's compile cache tells their graphs apart.
+    """
+    with set_model_tag("hybrid_lower"):
+        lower = LowerStack(vllm_config=vllm_config, prefix=f"{prefix}.lower", layers=layers[:split])
+    if split == len(layers):
+        return (lower,)
+    with set_model_tag("hybrid_upper"):
+        return lower, UpperStack(vllm_config=vllm_config, prefix=f"{prefix}.upper", layers=layers[split:])
+
+
 class HybridLlamaModel(nn.Module):
     """Llama's decoder over the live rows of a step, in two stacks with a KV tier each."""
 
@@ -168,16 +184,12 @@ class HybridLlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         split = lower_layers(config, hybrid)
         # The stacks are kept out of the module tree: their layers are registered above, once.
-        stacks: list[Callable] = [
-            LowerStack(vllm_config=vllm_config, prefix=f"{prefix}.lower", layers=self.layers[:split])
-        ]
-        if split < len(self.layers):
-            stacks.append(
-                UpperStack(vllm_config=vllm_config, prefix=f"{prefix}.upper", layers=self.layers[split:])
-            )
-        self._stacks = tuple(stacks)
-        self._first_layers = [self.layers[0], *([self.layers[split]] if len(stacks) > 1 else [])]
-        self._pages = [TierPages(patches) for _ in stacks]
+        self._stacks = make_stacks(vllm_config, prefix, self.layers, split)
+        self._first_layers = [self.layers[0], *([self.layers[split]] if len(self._stacks) > 1 else [])]
+        self._pages = [TierPages(patches) for _ in self._stacks]
+        self._most_requests = vllm_config.scheduler_config.max_num_seqs
+        # One tensor for good: captured graphs write into it.
+        self._foreign: torch.Tensor | None = None
         # Called with the images, lower and upper rows of every step that has images; see ``show``.
         self.watcher: Callable[[StepImages, RowPlan, RowPlan], None] | None = None
         self._max_positions = vllm_config.model_config.max_model_len
@@ -185,6 +197,25 @@ class HybridLlamaModel(nn.Module):
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(input_ids)
+
+    def foreign_pages(self) -> torch.Tensor | None:
+        """Whose pages held another request's data in the last step, bool [tiers, requests].
+
+        None where the attention raises instead of reporting, and before the first step.
+        """
+        if self.implementation.mark_foreign is None:
+            return None
+        return self._foreign
+
+    def _set_up(self, device: torch.device) -> None:
+        """Make what every step reads or writes: rotation angles, page facts, flags."""
+        self._set_angles(device)
+        for pages, layer in zip(self._pages, self._first_layers, strict=True):
+            pages.bind(layer.self_attn.attn.kv_cache)
+        if self._foreign is None:
+            self._foreign = torch.zeros(
+                len(self._pages), self._most_requests, dtype=torch.bool, device=device
+            )
 
     def _set_angles(self, device: torch.device) -> None:
         """Give every attention layer the table of rotation angles, in float32."""
@@ -228,9 +259,7 @@ class HybridLlamaModel(nn.Module):
         metadata = self._tier_metadata()
         if metadata is None:
             return self._forward_all_rows(positions, hidden_states)
-        self._set_angles(hidden_states.device)
-        for pages, layer in zip(self._pages, self._first_layers, strict=True):
-            pages.bind(layer.self_attn.attn.kv_cache)
+        self._set_up(hidden_states.device)
         common = metadata[0].common
         step = Step(
             positions=positions[: common.num_actual_tokens].long(),
@@ -250,8 +279,9 @@ class HybridLlamaModel(nn.Module):
         self, step: Step, metadata: list[HybridMetadata], hidden_states: torch.Tensor
     ) -> torch.Tensor:
         virtual_rows = hidden_states.shape[0]
+        assert self._foreign is not None
         plan = live = step.lower_plan()
-        batch = step.tier_batch(plan, metadata[0], self._pages[0], self.implementation)
+        batch = step.tier_batch(plan, metadata[0], self._pages[0], self._foreign[0], self.implementation)
         rows = filled_up(plan.rows)
         in_place = step.images is None and virtual_rows == rows.shape[0]
         if not in_place:
@@ -260,7 +290,7 @@ class HybridLlamaModel(nn.Module):
         if len(self._stacks) > 1:
             heads = self.config.num_attention_heads
             plan = step.upper_plan(live, batch, self.hybrid.fastv_ratio, heads)
-            step.tier_batch(plan, metadata[1], self._pages[1], self.implementation)
+            step.tier_batch(plan, metadata[1], self._pages[1], self._foreign[1], self.implementation)
             if plan is not live:
                 rows = filled_up(plan.rows)
                 kept = torch.searchsorted(live.rows, rows)

@@ -45,7 +45,8 @@ def walk_pages(
 ) -> KeyLists:
     """Every request's virtual key list, read from its live pages; see :mod:`vllm_hybrid.planning`.
 
-    A page that holds another request's data leaves its request without keys: a device raises nothing.
+    A device raises nothing: a page that holds another request's data leaves its request without keys, and
+    :func:`mark_foreign` says so.
     """
     width = block_table.shape[1] * facts.shape[1]
     keys = new_key_lists(block_table.shape[0], width, facts.device)
@@ -53,9 +54,20 @@ def walk_pages(
     return keys
 
 
+def mark_foreign(keys: KeyLists, out: torch.Tensor) -> None:
+    """Write into bool [requests] whose pages held another request's data."""
+    torch.lt(keys.count, 0, out=out)
+
+
 def plan_attention(batch: TierBatch) -> GpuPlan:
     """Sort a step's requests; done once per tier and step, used by every layer of the tier."""
     starts = batch.query_start
+    requests = len(starts) - 1
+    if starts == list(range(requests + 1)):
+        # One row each. A captured graph replays this for fewer requests too: those that fill it up have no
+        # keys, so their rows are answered with 0 and nothing stays unwritten.
+        rows = torch.arange(requests, dtype=torch.int32, device=batch.query_ptr.device)
+        return GpuPlan(rows, None, None)
     ends = batch.query_ptr[1:] - 1
     # Padding requests stretch over nothing and end one row before the first.
     row = batch.plan.row_of[ends.clamp(min=0)].int()
@@ -66,7 +78,7 @@ def plan_attention(batch: TierBatch) -> GpuPlan:
     ranked = None
     if batch.ranked:
         device = batch.query_ptr.device
-        ranked = torch.zeros(len(starts) - 1, dtype=torch.int32, device=device)
+        ranked = torch.zeros(requests, dtype=torch.int32, device=device)
         ranked.index_fill_(0, to_device(batch.ranked, device), 1)
     return GpuPlan(decode_rows, queries, ranked)
 

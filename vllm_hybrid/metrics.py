@@ -25,6 +25,7 @@ _MEANINGS = {
     "live_tokens": "Image tokens left after merging.",
     "kept_tokens": "Image tokens left after pruning.",
     "blocks_given_back": "KV blocks freed inside holes while their requests went on.",
+    "requests_with_foreign_pages": "Requests ended with an error: a KV page of theirs held another's data.",
 }
 
 

@@ -142,6 +142,10 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
             self._counts |= {e.data_ptr(): n for e, n in zip(unknown, read, strict=True)}
         return [self._counts[e.data_ptr()] for e in embeddings]
 
+    def foreign_pages(self) -> torch.Tensor | None:
+        """Whose pages held another request's data in the last step; see :class:`HybridLlamaModel`."""
+        return self.language_model.model.foreign_pages() if self.hybrid.active else None
+
     def watch_choices(self, watcher: Callable[[StepImages, RowPlan, RowPlan], None]) -> None:
         """Have every step with images shown to a watcher: its images, its live rows, its kept rows."""
         if self.hybrid.active:

@@ -8,6 +8,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 
+# Sampling parameters that ask for scores of prompt rows.
+PROMPT_SCORES = ("prompt_logprobs", "prompt_logprob_token_ids")
+
 _state = {"active": False}
 
 
@@ -20,16 +23,26 @@ def check_request(params: Any) -> None:
     """Refuse what cannot be computed.
 
     Raises:
-        VLLMValidationError: the request asks for prompt log-probabilities; vLLM answers with a 400.
+        VLLMValidationError: the request asks for log-probabilities of its prompt; vLLM answers with a 400.
 
     """
-    if _state["active"] and isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
-        raise VLLMValidationError(
-            f"prompt_logprobs={params.prompt_logprobs} is not supported with reduced image tokens, because "
-            "dropped rows have no log-probabilities; leave it out",
-            parameter="prompt_logprobs",
-            value=params.prompt_logprobs,
-        )
+    if not _state["active"] or not isinstance(params, SamplingParams):
+        return
+    for name in PROMPT_SCORES:
+        value = getattr(params, name)
+        if value is not None:
+            raise VLLMValidationError(
+                f"{name}={_short(value)} is not supported with reduced image tokens, because dropped rows "
+                "have no log-probabilities; leave it out",
+                parameter=name,
+                value=value,
+            )
+
+
+def _short(value: Any) -> str:
+    """A value as a sentence shows it: scores may be asked for by thousands of numbers."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def install() -> None:

@@ -8,25 +8,33 @@ and after the step that filled an image the blocks inside its holes go back to t
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from .config import live_to_kept
 from .settings import hybrid_config, num_patches
 from .tiers import LowerTierSpec, Tier, TierManager
 
+# vLLM shows what its own loggers and those below them say.
+logger = init_logger(f"vllm.{__name__}")
+
 # A mixin over whichever scheduler it is combined with; for the type checker it is one of them.
 _Scheduler: Any = Scheduler if TYPE_CHECKING else object
 
+# What a worker attaches to a step's output (see :mod:`vllm_hybrid.worker`): live tokens by image, and the
+# requests whose pages held another request's data.
 LIVE_COUNTS = "hybrid_live_counts"
+FOREIGN_PAGES = "hybrid_foreign_pages"
 _REMEMBERED_IMAGES = 1 << 20
 
 
@@ -114,7 +122,35 @@ class HoleReclaim(_Scheduler):
             request = self.requests.get(request_id)
             if request is not None and request.mm_features and request_id not in self.given_back:
                 self._give_back_holes(request, scheduler_output.num_scheduled_tokens[request_id])
-        return super().update_from_output(scheduler_output, model_runner_output)
+        failed = self._fail(getattr(model_runner_output, FOREIGN_PAGES, ()))
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in failed:
+            ended = EngineCoreOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason=request.get_finished_reason(),
+                events=request.take_events(),
+                trace_headers=request.trace_headers,
+            )
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(ended)
+        return outputs
+
+    def _fail(self, request_ids: Sequence[str]) -> list[Request]:
+        """End requests whose pages held another's data, before this step's tokens count as answers.
+
+        Their memory is wrong, so no token of theirs is right; the other requests of the step are untouched.
+        """
+        if not request_ids:
+            return []
+        failed = self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
+        self.totals["requests_with_foreign_pages"] += len(failed)
+        for request in failed:
+            logger.error(
+                "vllm-hybrid: request %s ends with an error, because one of its KV pages holds another "
+                "request's data; this is a fault of vllm-hybrid, please report it.",
+                request.request_id,
+            )
+        return failed
 
     def _give_back_holes(self, request: Request, in_this_step: int) -> None:
         """Free the blocks inside the holes of all images that steps up to this one have filled.

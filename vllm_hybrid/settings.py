@@ -7,7 +7,11 @@ switched on.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 from transformers import PretrainedConfig
+from vllm import envs
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -21,6 +25,7 @@ from .config import HybridConfig
 logger = init_logger(f"vllm.{__name__}")
 
 DEFAULT_BLOCK_SIZE = 16
+FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
 GRAPH_MODES = ("default", "NONE", "FULL_DECODE_ONLY")
 
 
@@ -58,6 +63,8 @@ class HybridSettings(VerifyAndUpdateConfig):
         hf_config = vllm_config.model_config.hf_config
         check_shape(hf_config)
         hybrid = hybrid_config(hf_config)
+        if current_platform.is_cuda():
+            sample_without_flashinfer()
         if not hybrid.active:
             logger.info("vllm-hybrid: no merging, no pruning: vLLM's own LLaVA serves.")
             return
@@ -66,6 +73,28 @@ class HybridSettings(VerifyAndUpdateConfig):
         _complete(vllm_config, hybrid)
         request_checks.activate()
         logger.info("vllm-hybrid: %s", describe(hybrid))
+
+
+def sample_without_flashinfer() -> None:
+    """Have vLLM sample with its own kernels where FlashInfer is not installed.
+
+    vLLM's CUDA sampler imports FlashInfer, which not every installation has, unless
+    VLLM_USE_FLASHINFER_SAMPLER says otherwise; set here, all processes of the server inherit it.
+
+    Raises:
+        ValueError: the environment asks for FlashInfer's sampler, which is not there.
+
+    """
+    if importlib.util.find_spec("flashinfer") is not None:
+        return
+    if not envs.is_set(FLASHINFER_SAMPLER):
+        logger.info("vllm-hybrid: flashinfer is not installed; vLLM's own kernels sample.")
+        os.environ[FLASHINFER_SAMPLER] = "0"
+    elif envs.VLLM_USE_FLASHINFER_SAMPLER:
+        raise ValueError(
+            f"{FLASHINFER_SAMPLER}={os.environ[FLASHINFER_SAMPLER]} asks for flashinfer, which is not "
+            "installed; install flashinfer-python or unset the variable"
+        )
 
 
 def _graph_mode(vllm_config: VllmConfig) -> str:
@@ -152,7 +181,7 @@ def _complete(vllm_config: VllmConfig, hybrid: HybridConfig) -> None:
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
         vllm_config.parallel_config.worker_cls = "vllm_hybrid.cuda_worker.HybridCUDAWorker"
     else:
-        vllm_config.parallel_config.worker_cls = "vllm_hybrid.worker.HybridCPUWorker"
+        vllm_config.parallel_config.worker_cls = "vllm_hybrid.cpu_worker.HybridCPUWorker"
     scheduler.scheduler_cls = "vllm_hybrid.scheduler.make_scheduler"
 
 

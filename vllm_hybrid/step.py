@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,22 +27,44 @@ from .unmerging import TierBatch, page_rows
 
 @dataclass
 class TierPages:
-    """A tier's page facts and how its slots map to page rows; made when its KV cache is first seen."""
+    """A tier's page facts and how its slots map to page rows; made when its KV cache is first seen.
+
+    Attributes:
+        patches: patches of an image.
+        facts: see :mod:`vllm_hybrid.pages`.
+        block_size: slots of a block.
+        rows_per_block: page rows between two blocks of one layer.
+
+    """
 
     patches: int
     facts: torch.Tensor | None = None
     block_size: int = 0
     rows_per_block: int = 0
-    _bound_to: int = field(default=0, repr=False)
+    _bound_to: Any = field(default=None, repr=False)
 
     def bind(self, kv_cache: torch.Tensor) -> None:
-        """Make room for the facts of a layer's pages [blocks, kv_heads, block_size, 2 * head_size]."""
-        if self._bound_to == kv_cache.data_ptr():
+        """Make room for the facts of a layer's pages [blocks, kv_heads, block_size, 2 * head_size].
+
+        vLLM profiles graphs on a small cache and frees it, and the real one may come to lie at the same
+        address, so everything that the facts depend on is compared.
+
+        Raises:
+            RuntimeError: the cache is new and a graph is being captured, which would clear the facts in
+                each of its replays.
+
+        """
+        seen = (kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride(), kv_cache.dtype, kv_cache.device)
+        if self._bound_to == seen:
             return
+        if kv_cache.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is captured on a KV cache that no step has run on; warm up first"
+            )
         blocks, _, self.block_size, _ = kv_cache.shape
         _, self.rows_per_block = page_rows(kv_cache)
         self.facts = new_page_facts(blocks, self.block_size, self.patches, kv_cache.device)
-        self._bound_to = kv_cache.data_ptr()
+        self._bound_to = seen
 
 
 def text_rows(num_rows: int, device: torch.device) -> RowPlan:
@@ -110,7 +133,12 @@ class Step:
         return plan_kept_rows(lower, self.images, keep, kept_images)
 
     def tier_batch(
-        self, plan: RowPlan, metadata: HybridMetadata, pages: TierPages, implementation: Implementation
+        self,
+        plan: RowPlan,
+        metadata: HybridMetadata,
+        pages: TierPages,
+        foreign: torch.Tensor,
+        implementation: Implementation,
     ) -> TierBatch:
         """Store a tier's page facts and read every request's key list back.
 
@@ -118,6 +146,8 @@ class Step:
             plan: the tier's rows.
             metadata: the runner's metadata of the tier; receives the batch and its plan.
             pages: the tier's pages, bound to its cache.
+            foreign: bool [most requests], receives whose pages hold another request's data where the
+                implementation reports that instead of raising.
             implementation: who attends.
 
         Returns:
@@ -144,6 +174,8 @@ class Step:
             pages.patches,
             pages.rows_per_block,
         )
+        if implementation.mark_foreign is not None:
+            implementation.mark_foreign(keys, foreign[:requests])
         batch = TierBatch(
             plan=plan,
             positions=self.positions,

@@ -1,57 +1,111 @@
-"""vLLM's workers, which also tell the scheduler how many live tokens each new image has."""
+"""What workers also tell the scheduler about a step: new images' live tokens, requests that lost a page.
+
+Every platform loads this file, so it imports no platform's worker; `cpu_worker` and `cuda_worker` bind it.
+"""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
-from .scheduler import LIVE_COUNTS
+from .scheduler import FOREIGN_PAGES, LIVE_COUNTS
 
 
-class CountedOutput(AsyncModelRunnerOutput):
-    """A step's output that is still on its way, with the live counts of the images it encoded."""
+class ForeignPages:
+    """Flags of a step that say whose pages held another request's data, on their way from the device.
 
-    def __init__(self, output: AsyncModelRunnerOutput, counts: dict[str, int]) -> None:
+    Args:
+        flags: bool [tiers, requests], whether a page walk met another request's data.
+
+    """
+
+    def __init__(self, flags: torch.Tensor) -> None:
+        # Into memory of its own: the next step writes its flags before this one's are read.
+        self.host = flags.to("cpu", non_blocking=True, copy=True)
+        self.arrived: torch.cuda.Event | None = None
+        if flags.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def requests(self, request_ids: list[str]) -> list[str]:
+        """Which of the step's requests, in their order in the batch, lost a page."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        lost = self.host.any(dim=0)[: len(request_ids)].tolist()
+        return [name for name, flag in zip(request_ids, lost, strict=True) if flag]
+
+
+@dataclass
+class StepReport:
+    """What is reported beside a step's tokens.
+
+    Attributes:
+        live_counts: live tokens by image identifier, of the images the step encoded.
+        foreign: flags of requests whose pages held another's data, where the attention reports them.
+
+    """
+
+    live_counts: dict[str, int] = field(default_factory=dict)
+    foreign: ForeignPages | None = None
+
+    def attached(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
+        """The output with this report, or as it is where there is nothing to report."""
+        lost = self.foreign.requests(output.req_ids) if self.foreign is not None and output.req_ids else []
+        if not self.live_counts and not lost:
+            return output
+        # vLLM shares one empty output between steps, so it is never written to.
+        output = copy.copy(output)
+        setattr(output, LIVE_COUNTS, self.live_counts)
+        setattr(output, FOREIGN_PAGES, lost)
+        return output
+
+
+class ReportedOutput(AsyncModelRunnerOutput):
+    """A step's output that is still on its way, with its report.
+
+    The report is read where the sampled tokens are, which left the device later: it waits for nothing.
+    """
+
+    def __init__(self, output: AsyncModelRunnerOutput, report: StepReport) -> None:
         self.output = output
-        self.counts = counts
+        self.report = report
 
     def get_output(self) -> ModelRunnerOutput:
-        return _attach(self.output.get_output(), self.counts)
+        return self.report.attached(self.output.get_output())
+
+    def get_kv_connector_output(self) -> KVConnectorOutput | None:
+        """Asked for from vLLM 0.33 on, where every output has it."""
+        return self.output.get_kv_connector_output()
 
 
-def _attach(output: ModelRunnerOutput, counts: dict[str, int]) -> ModelRunnerOutput:
-    # vLLM shares one empty output between steps, so it is never written to.
-    output = copy.copy(output)
-    setattr(output, LIVE_COUNTS, counts)
-    return output
-
-
-class LiveCounts:
+class StepReports:
     """Mixed into vLLM's workers, before them."""
 
     model_runner: Any
-    _counts: dict[str, int]
+    _report: StepReport
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         result = super().execute_model(scheduler_output)  # type: ignore[misc]
-        self._counts = self._count_encoded(scheduler_output)
-        return result if result is None else self._counted(result)
+        self._report = StepReport(self._count_encoded(scheduler_output))
+        if scheduler_output.total_num_scheduled_tokens:
+            flags = self.model_runner.get_model().foreign_pages()
+            self._report.foreign = None if flags is None else ForeignPages(flags)
+        return result if result is None else self._reported(result)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         result = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
-        return result if result is None else self._counted(result)
+        return result if result is None else self._reported(result)
 
-    def _counted(self, result: Any) -> Any:
-        counts, self._counts = self._counts, {}
-        if not counts:
-            return result
+    def _reported(self, result: Any) -> Any:
+        report, self._report = self._report, StepReport()
         if isinstance(result, AsyncModelRunnerOutput):
-            return CountedOutput(result, counts)
-        return _attach(result, counts) if isinstance(result, ModelRunnerOutput) else result
+            return ReportedOutput(result, report)
+        return report.attached(result) if isinstance(result, ModelRunnerOutput) else result
 
     def _count_encoded(self, scheduler_output: SchedulerOutput) -> dict[str, int]:
         """Live tokens by image identifier, of the images this step encoded."""
@@ -73,7 +127,3 @@ class LiveCounts:
         if hasattr(runner.encoder_cache, "encoder_outputs"):
             return runner.encoder_cache.mm_features, runner.encoder_cache.encoder_outputs
         return {name: state.mm_features for name, state in runner.requests.items()}, runner.encoder_cache
-
-
-class HybridCPUWorker(LiveCounts, CPUWorker):
-    """The CPU worker with live counts."""

@@ -1,0 +1,54 @@
+"""Page facts fit the KV cache they describe, and attention refuses a step that was not planned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_hybrid.attention import HybridImpl, HybridMetadata
+from vllm_hybrid.step import TierPages
+
+PATCHES = 576
+HEADS, BLOCK, WIDTH = 2, 16, 8
+
+
+def cache(storage: torch.Tensor, blocks: int, block: int = BLOCK, heads: int = HEADS) -> torch.Tensor:
+    """A layer's pages [blocks, heads, block, WIDTH] in layout BLNHC at the start of a storage."""
+    pages = storage[: blocks * block * heads * WIDTH].view(blocks, block, heads, WIDTH)
+    return pages.permute(0, 2, 1, 3)
+
+
+@pytest.mark.parametrize(
+    "larger", [{"blocks": 64}, {"blocks": 8, "block": 8}, {"blocks": 4, "block": 8, "heads": 4}]
+)
+def test_a_cache_of_another_shape_at_the_same_address_gets_facts_of_its_own(larger: dict[str, int]) -> None:
+    """vLLM captures graphs on a small cache, frees it, and may get its address again for the real one."""
+    storage = torch.zeros(64 * HEADS * BLOCK * WIDTH)
+    pages = TierPages(PATCHES)
+    pages.bind(cache(storage, 4))
+    small = pages.facts
+    real = cache(storage, **larger)
+    pages.bind(real)
+    assert pages.facts is not None and pages.facts is not small
+    blocks, _, block_size, _ = real.shape
+    assert pages.facts.shape[:2] == (blocks + 1, block_size) and pages.block_size == block_size
+
+
+def test_the_same_cache_keeps_its_facts() -> None:
+    storage = torch.zeros(4 * HEADS * BLOCK * WIDTH)
+    pages = TierPages(PATCHES)
+    pages.bind(cache(storage, 4))
+    facts = pages.facts
+    pages.bind(cache(storage, 4))
+    assert pages.facts is facts
+
+
+def test_attention_refuses_a_step_whose_rows_were_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_HYBRID_ATTENTION", "reference")
+    layer = HybridImpl(2, 4, 0.5)
+    rows = torch.ones(3, 2, 4)
+    metadata = HybridMetadata(common=None)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="before its rows were planned"):
+        layer.forward(None, rows, rows, rows, torch.zeros(0), metadata, rows.clone())  # type: ignore[arg-type]
+    profiled = layer.forward(None, rows, rows, rows, torch.zeros(0), None, rows.clone())  # type: ignore[arg-type]
+    assert not profiled.any()

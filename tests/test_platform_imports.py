@@ -1,0 +1,96 @@
+"""What a server of ours loads on one platform loads nothing of the other's.
+
+vLLM's CPU worker turns CUDA streams, events and pinned memory of its whole process into no-ops when it is
+imported. Each check therefore runs in a fresh interpreter and looks at what is imported beyond stock vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHECK = """
+import importlib, json, os, sys
+import torch
+before = (torch.cuda.Event, torch.cuda.Stream, torch.cuda.current_stream, torch.Tensor.record_stream,
+          torch.Tensor.pin_memory, torch.accelerator.synchronize)
+stock, ours, attention = json.loads(sys.argv[1])
+for name in stock:
+    importlib.import_module(name)
+known = set(sys.modules)
+for name in ours:
+    importlib.import_module(name)
+os.environ["VLLM_HYBRID_ATTENTION"] = attention
+from vllm_hybrid.attention import implementation
+implementation()
+after = (torch.cuda.Event, torch.cuda.Stream, torch.cuda.current_stream, torch.Tensor.record_stream,
+         torch.Tensor.pin_memory, torch.accelerator.synchronize)
+print("LOADED " + json.dumps([sorted(set(sys.modules) - known), [a is b for a, b in zip(before, after)]]))
+"""
+SHARED = ["vllm.v1.engine.core", "vllm.model_executor.models.llava", "vllm.model_executor.models.clip"]
+STOCK = {
+    "cuda": [*SHARED, "vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner"],
+    "cpu": [*SHARED, "vllm.v1.worker.cpu_worker"],
+}
+LIBRARY = ["vllm_hybrid_plugin", "vllm_hybrid.registration", "vllm_hybrid.model", "vllm_hybrid.scheduler"]
+
+
+def loaded(platform: str, worker: str, attention: str) -> tuple[list[str], list[bool]]:
+    """Modules that the library adds to stock vLLM's, and which of torch's functions are still themselves."""
+    work = json.dumps([STOCK[platform], [*LIBRARY, worker], attention])
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, work],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("LOADED ")]
+    assert lines, done.stderr[-3000:]
+    modules, same = json.loads(lines[0].removeprefix("LOADED "))
+    return modules, same
+
+
+def parts(modules: list[str], package: str) -> list[str]:
+    """Last parts of the names of a package's modules."""
+    return [name.rsplit(".", 1)[1] for name in modules if name.startswith(f"{package}.")]
+
+
+def test_a_cuda_process_loads_nothing_for_cpus() -> None:
+    modules, same = loaded("cuda", "vllm_hybrid.cuda_worker", "triton")
+    assert "cuda_worker" in parts(modules, "vllm_hybrid") and "gpu_attention" in parts(modules, "vllm_hybrid")
+    assert not [name for name in parts(modules, "vllm") if name.startswith("cpu_")]
+    assert not {"cpu_worker", "cpu_dense"} & set(parts(modules, "vllm_hybrid"))
+    assert all(same), "importing the library changed torch's CUDA functions"
+
+
+def test_a_cpu_process_loads_nothing_for_cuda() -> None:
+    modules, _ = loaded("cpu", "vllm_hybrid.cpu_worker", "cpu")
+    assert {"cpu_worker", "cpu_attention", "cpu_dense"} <= set(parts(modules, "vllm_hybrid"))
+    assert not {"cuda_worker", "gpu_attention", "kernels"} & set(parts(modules, "vllm_hybrid"))
+    assert not [name for name in modules if name.startswith(("triton", "vllm.v1.worker.gpu."))]
+
+
+@pytest.mark.parametrize(("platform", "module"), [("cuda", "cuda_worker"), ("cpu", "cpu_worker")])
+def test_the_settings_name_the_platform_s_worker(
+    platform: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from vllm_hybrid import settings
+    from vllm_hybrid.config import HybridConfig
+
+    platforms = SimpleNamespace(is_cuda=lambda: platform == "cuda")
+    monkeypatch.setattr(settings, "current_platform", platforms)
+    configuration = SimpleNamespace(
+        cache_config=SimpleNamespace(user_specified_block_size=True),
+        scheduler_config=SimpleNamespace(),
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+        parallel_config=SimpleNamespace(),
+    )
+    settings._complete(configuration, HybridConfig())  # type: ignore[arg-type]
+    assert configuration.parallel_config.worker_cls.split(".")[:2] == ["vllm_hybrid", module]

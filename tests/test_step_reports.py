@@ -1,0 +1,72 @@
+"""What workers report beside a step's tokens: live counts, and requests whose pages held another's data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+
+from vllm_hybrid.scheduler import FOREIGN_PAGES, LIVE_COUNTS
+from vllm_hybrid.worker import ForeignPages, ReportedOutput, StepReport
+
+IDS = ["first", "second", "third"]
+
+
+def output() -> ModelRunnerOutput:
+    return ModelRunnerOutput(req_ids=IDS, req_id_to_index={name: i for i, name in enumerate(IDS)})
+
+
+class Pending(AsyncModelRunnerOutput):
+    """An output on its way, as vLLM 0.33 has it."""
+
+    def __init__(self, arrives: ModelRunnerOutput) -> None:
+        self.arrives = arrives
+
+    def get_output(self) -> ModelRunnerOutput:
+        return self.arrives
+
+    def get_kv_connector_output(self) -> Any:
+        return "the output's own"
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "lost"),
+    [
+        ([0, 0, 0, 0], [0, 0, 0, 0], []),
+        ([0, 1, 0, 0], [0, 0, 0, 0], ["second"]),
+        ([1, 0, 0, 0], [0, 0, 1, 0], ["first", "third"]),
+        # What stands behind the step's requests is an earlier step's.
+        ([0, 0, 0, 1], [0, 0, 0, 1], []),
+    ],
+)
+def test_requests_that_lost_a_page_in_any_tier_are_named(
+    lower: list[int], upper: list[int], lost: list[str]
+) -> None:
+    flags = torch.tensor([lower, upper], dtype=torch.bool)
+    report = StepReport({}, ForeignPages(flags))
+    # The next step writes its own flags before this one's are read.
+    flags.logical_not_()
+    assert getattr(report.attached(output()), FOREIGN_PAGES, []) == lost
+
+
+def test_an_output_that_is_on_its_way_carries_its_report() -> None:
+    arrives = output()
+    flags = torch.tensor([[False, True, False]])
+    pending = ReportedOutput(Pending(arrives), StepReport({"image": 7}, ForeignPages(flags)))
+    got = pending.get_output()
+    assert getattr(got, LIVE_COUNTS) == {"image": 7} and getattr(got, FOREIGN_PAGES) == ["second"]
+    assert got.req_ids == IDS and not hasattr(arrives, LIVE_COUNTS)
+
+
+def test_vllm_0_33_finds_the_connector_s_output() -> None:
+    pending = ReportedOutput(Pending(output()), StepReport())
+    assert pending.get_kv_connector_output() == "the output's own"
+
+
+def test_the_shared_empty_output_stays_empty() -> None:
+    flags = torch.tensor([[True]])
+    report = StepReport({"image": 7}, ForeignPages(flags))
+    assert getattr(report.attached(EMPTY_MODEL_RUNNER_OUTPUT), LIVE_COUNTS) == {"image": 7}
+    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, LIVE_COUNTS)
