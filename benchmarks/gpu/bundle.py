@@ -2,12 +2,12 @@
 
     python benchmarks/gpu/bundle.py OUT
 
-fills OUT with parts of one archive, `manifest.json` with their sha256, and `install.py`, which is what runs
-on that host: it installs the wheels, checks, and starts the benchmark. The host is one Linux machine (x86-64)
-with Python 3.12, PyTorch and transformers, and an NVIDIA driver. vLLM comes from its CUDA wheel without the
-binaries that LLaVA in bf16 can do without (FlashAttention, MoE and the other model families' kernels: 0.6 of
-0.8 GB), so attention runs in Triton. Downloads stay in OUT/downloads: a second run asks the network for
-nothing but the resolution.
+fills OUT with parts, `manifest.json` with their sha256, and `install.py`, which is what runs on that host:
+it unpacks the installed tree that the parts hold and checks that everything imports. The host is one Linux
+machine (x86-64) with Python 3.12, PyTorch and transformers, an NVIDIA driver and a GPU of sm_90 (H100, H200).
+vLLM comes from its CUDA wheel with the two libraries that LLaVA in bf16 runs (its own kernels and
+FlashAttention 3), and of these only the machine code for sm_90. Downloads, and what was compressed already,
+stay in OUT/downloads: a second run asks the network for nothing but the resolution.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import shutil
 import subprocess
 import sys
@@ -26,8 +27,11 @@ import tarfile
 import tempfile
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from email import message_from_string
+from importlib.metadata import distributions
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,57 +41,77 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
+sys.path.insert(0, str(REPO))
+
+from benchmarks.gpu.facts import commit  # noqa: E402
+from benchmarks.gpu.fatbin import keep_architecture  # noqa: E402
+
 VLLM = "vllm==0.32.0"
 PYTHON = (3, 12)
 # Oldest C library that the host may have: 2.35 is Ubuntu 22.04's.
 GLIBC_MINOR = 35
+# The host's GPU, as nvcc numbers it: H100 and H200.
+ARCHITECTURE = 90
 MIB = 1 << 20
+MOST_PART_MIB = 40
 
 # Resolved with everything else, so that all versions fit these, but expected on the host.
 HOST_PINS = ("torch==2.11.0", "torchvision==0.26.0", "transformers==5.17.0")
-# Large, or tied to the host's own torch; not carried. install.py says which of them is missing there.
+# Python packages that the host has; not carried. install.py says which is missing there or does not fit.
 ON_HOST = {
-    "huggingface-hub",
-    "hf-xet",
-    "llvmlite",
-    "mpmath",
-    "networkx",
-    "numba",
-    "numpy",
-    "opencv-python-headless",
-    "safetensors",
-    "setuptools",
-    "sympy",
-    "tokenizers",
-    "torch",
-    "torchvision",
-    "transformers",
-    "triton",
+    *("aiohappyeyeballs", "aiohttp", "aiosignal", "annotated-doc", "anyio", "attrs", "certifi"),
+    *("charset-normalizer", "click", "cloudpickle", "einops", "filelock", "frozenlist", "fsspec", "grpcio"),
+    *("h11", "hf-xet", "httpcore", "httpx", "huggingface-hub", "idna", "jinja2", "llvmlite"),
+    *("markdown-it-py", "markupsafe", "mdurl", "mpmath", "multidict", "networkx", "ninja", "numba", "numpy"),
+    *(
+        "opencv-python-headless",
+        "packaging",
+        "pillow",
+        "prometheus-client",
+        "propcache",
+        "protobuf",
+        "psutil",
+    ),
+    *("py-cpuinfo", "pygments", "pyyaml", "regex", "requests", "rich", "safetensors", "sentencepiece"),
+    *("setuptools", "shellingham", "sympy", "tiktoken", "tokenizers", "torch", "torchvision", "tqdm"),
+    *("transformers", "triton", "typer", "typing-extensions", "urllib3", "uvloop", "yarl"),
 }
 ON_HOST_PREFIXES = ("nvidia-", "cuda-")
-# What vLLM asks for and LLaVA in bf16 on one GPU never imports: sound, video, other kernels, fast loaders.
+# Versions of these are asked for that the host has not; what it has serves.
+OTHER_VERSION_SERVES = {"numba", "numpy", "setuptools", "torch", "torchvision"}
+# Asked for by vLLM or by what it asks for, and never imported to serve LLaVA in bf16 on one GPU: sound,
+# video, other kernels, fast loaders, other guided-decoding engines, tracing, and what only the HTTP server
+# needs.
 NOT_NEEDED = {
-    "fastsafetensors",
-    "flashinfer-python",
-    "humming-kernels",
-    "instanttensor",
-    "nvidia-cudnn-frontend",
-    "nvidia-cutlass-dsl",
-    "nvtx",
-    "pynvvideocodec",
-    "quack-kernels",
-    "tilelang",
-    "tokenspeed-mla",
-    "torchaudio",
-    "torchcodec",
+    *("fastsafetensors", "flashinfer-python", "humming-kernels", "instanttensor", "nvidia-cudnn-frontend"),
+    *("nvidia-cutlass-dsl", "nvtx", "pynvvideocodec", "quack-kernels", "tilelang", "tokenspeed-mla"),
+    *("torchaudio", "torchcodec"),
+    *("anthropic", "docstring-parser", "mcp", "mcp-types", "model-hosting-container-standards"),
+    *("ijson", "interegular", "lark", "lm-format-enforcer", "outlines-core", "python-json-logger"),
+    *("opentelemetry-api", "opentelemetry-exporter-otlp", "opentelemetry-sdk"),
+    "opentelemetry-semantic-conventions-ai",
+    *("agent-detector", "cffi", "cryptography", "detect-installer", "dnspython", "fastapi-cli"),
+    *("fastapi-cloud-cli", "fastar", "httptools", "jmespath", "pycparser", "pydantic-settings", "pyjwt"),
+    *("python-dotenv", "rich-toolkit", "rignore", "sentry-sdk", "sse-starlette", "supervisor", "truststore"),
+    *("uvicorn", "watchfiles", "websockets"),
 }
-# The only compiled file of vLLM's wheel that is carried unless --binary names more.
-BINARIES = ("vllm/_C_stable_libtorch.abi3.so",)
-# Python sources of the repository that run on the host without being part of the package.
-SOURCES = ("benchmarks", "tests")
-# Sources and tables of kernels that are compiled elsewhere.
+# The compiled files of vLLM's wheel that are carried unless --binary names more.
+BINARIES = ("vllm/_C_stable_libtorch.abi3.so", "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so")
+# What else is left out of a distribution: translations, tokenizers of other models, the demo's weights.
+LEFT_OUT = {
+    "mistral-common": ("mistral_common/data/",),
+    "pycountry": ("pycountry/locales/",),
+    "vllm": ("vllm/vllm-rs",),
+    "vllm-hybrid": ("vllm_hybrid/embedded/model.safetensors",),
+}
+# Of vLLM's wheel: sources and tables of kernels that are compiled elsewhere.
 _DROPPED_SUFFIXES = (".so", ".hpp", ".h", ".cuh", ".cu", ".inl", ".cpp", ".jpg")
-_DROPPED_FILES = ("vllm/vllm-rs",)
+# Python sources of the repository that run on the host without being part of the package, and what they read.
+SOURCES = ("benchmarks", "tests")
+_SOURCE_SUFFIXES = (".py", ".json")
+# Files from this size on are archives of their own; what is smaller shares archives of _ARCHIVE_BYTES.
+_LARGE_BYTES = 8 * MIB
+_ARCHIVE_BYTES = 40 * MIB
 
 
 def host_tags() -> list[Tag]:
@@ -111,15 +135,18 @@ def pip_target() -> list[str]:
     return options
 
 
+def requirements_of(metadata: str) -> list[Requirement]:
+    """A distribution's requirements on the host, extras left out."""
+    environment = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
+    needed = [Requirement(line) for line in message_from_string(metadata).get_all("Requires-Dist") or []]
+    return [r for r in needed if r.marker is None or r.marker.evaluate(environment)]
+
+
 def needed_of(metadata: str) -> list[str]:
     """A wheel's requirements on the host that are not in :data:`NOT_NEEDED`, extras left out."""
-    environment = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
     needed = []
-    for line in message_from_string(metadata).get_all("Requires-Dist") or []:
-        requirement = Requirement(line)
-        if canonicalize_name(requirement.name) in NOT_NEEDED | {"torch", "torchvision"}:
-            continue
-        if requirement.marker is None or requirement.marker.evaluate(environment):
+    for requirement in requirements_of(metadata):
+        if canonicalize_name(requirement.name) not in NOT_NEEDED | {"torch", "torchvision"}:
             requirement.marker = None
             needed.append(str(requirement))
     return needed
@@ -128,7 +155,7 @@ def needed_of(metadata: str) -> list[str]:
 def carried(name: str) -> bool:
     """Whether a resolved distribution goes into the bundle."""
     name = canonicalize_name(name)
-    return name not in ON_HOST and not name.startswith(ON_HOST_PREFIXES)
+    return name not in ON_HOST | NOT_NEEDED and not name.startswith(ON_HOST_PREFIXES)
 
 
 def pip(*arguments: str) -> None:
@@ -196,12 +223,13 @@ def project_requirements() -> list[str]:
 
 
 def copy_sources(folder: Path) -> None:
-    """The benchmark and the tests' reference, which the check answers to, as they lie in the repository."""
+    """The benchmark, and the tests' reference which the check answers to, as they lie in the repository."""
     for package in SOURCES:
-        for file in sorted((REPO / package).rglob("*.py")):
-            target = folder / file.relative_to(REPO)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+        for file in sorted((REPO / package).rglob("*")):
+            if file.is_file() and file.suffix in _SOURCE_SUFFIXES:
+                target = folder / file.relative_to(REPO)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
 
 
 def build_project(folder: Path) -> Path:
@@ -210,44 +238,53 @@ def build_project(folder: Path) -> Path:
     return next(folder.glob("vllm_hybrid-*.whl"))
 
 
-def keeps(name: str, binaries: Iterable[str]) -> bool:
-    """Whether a file of vLLM's wheel goes into the bundle."""
-    if name in binaries:
-        return True
-    return name not in _DROPPED_FILES and PurePosixPath(name).suffix not in _DROPPED_SUFFIXES
+def keeps(distribution: str, name: str, binaries: Iterable[str] = ()) -> bool:
+    """Whether a file of a distribution's wheel goes into the bundle.
+
+    Args:
+        distribution: its canonical name.
+        name: the file's path in the wheel.
+        binaries: the compiled files of vLLM's wheel that are wanted.
+
+    """
+    if name.startswith(LEFT_OUT.get(distribution, ())):
+        return False
+    return distribution != "vllm" or name in binaries or PurePosixPath(name).suffix not in _DROPPED_SUFFIXES
 
 
-def rewrite_wheel(source: Path, target: Path, binaries: Iterable[str] | None = None) -> None:
-    """Copy a wheel uncompressed, so that the archive around all of them compresses better.
+def rewrite_wheel(source: Path, target: Path, binaries: Iterable[str] = (), architecture: int = 0) -> None:
+    """Copy a wheel without what :func:`keeps` does not keep: a complete wheel of the same version.
 
     Args:
         source: a wheel.
-        target: the copy.
-        binaries: given for vLLM's wheel: leave out what :func:`keeps` does not keep, in RECORD too, so that
-            the copy is a complete wheel of the same distribution and version.
+        target: the copy, uncompressed.
+        binaries: files that the wheel must have, of vLLM's the compiled ones to keep.
+        architecture: if given, of those keep the machine code for this one only.
+
+    Raises:
+        RuntimeError: the wheel lacks one of the binaries.
 
     """
+    distribution = canonicalize_name(parse_wheel_filename(source.name)[0])
+    wanted = set(binaries)
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
-        kept: set[str] = set()
+        rows = []
+        record = next(n for n in old.namelist() if n.endswith(".dist-info/RECORD"))
+        if absent := wanted - set(old.namelist()):
+            raise RuntimeError(f"{source.name} has no {min(absent)}; give the name of a file in it")
         for item in old.infolist():
-            if item.is_dir() or (binaries is not None and not keeps(item.filename, binaries)):
+            if item.is_dir() or item.filename == record or not keeps(distribution, item.filename, wanted):
                 continue
-            kept.add(item.filename)
             content = old.read(item)
-            if item.filename.endswith(".dist-info/RECORD") and binaries is not None:
-                continue
+            if architecture and item.filename in wanted:
+                content = keep_architecture(content, architecture)
             copied = zipfile.ZipInfo(item.filename, date_time=(1980, 1, 1, 0, 0, 0))
             copied.external_attr = item.external_attr
             new.writestr(copied, content)
-        if binaries is None:
-            return
-        record = next(name for name in kept if name.endswith(".dist-info/RECORD"))
-        for wanted in binaries:
-            if wanted not in kept:
-                raise RuntimeError(f"{source.name} has no {wanted}; give the name of a file in it")
-        rows = [row for row in csv.reader(io.StringIO(old.read(record).decode())) if row[0] in kept]
+            digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+            rows.append([item.filename, f"sha256={digest}", str(len(content))])
         lines = io.StringIO()
-        csv.writer(lines, lineterminator="\n").writerows(rows)
+        csv.writer(lines, lineterminator="\n").writerows([*rows, [record, "", ""]])
         new.writestr(zipfile.ZipInfo(record, date_time=(1980, 1, 1, 0, 0, 0)), lines.getvalue())
 
 
@@ -268,27 +305,157 @@ def record_is_true(wheel: Path) -> bool:
         return True
 
 
-def pack(folder: Path, out: Path, part_bytes: int) -> list[dict[str, Any]]:
-    """Write everything in a folder as one xz-compressed tar in parts.
+def install_tree(wheels: list[Path], tree: Path) -> None:
+    """Install wheels into a folder for the host's interpreter; scripts, which name this one, are left out."""
+    options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(tree)]
+    pip("install", *options, *pip_target(), *map(str, wheels))
+    shutil.rmtree(tree / "bin", ignore_errors=True)
+
+
+def host_needs(resolved: list[dict[str, Any]], metadata: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What must be on the host: by name the version that was resolved and the bounds that are asked for.
+
+    Args:
+        resolved: of :func:`resolve`.
+        metadata: METADATA of everything carried.
+
+    """
+    bounds: dict[str, list[str]] = {}
+    for text in metadata:
+        for requirement in requirements_of(text):
+            name = canonicalize_name(requirement.name)
+            if name not in OTHER_VERSION_SERVES and str(requirement.specifier):
+                bounds.setdefault(name, []).append(str(requirement.specifier))
+    for pin in map(Requirement, HOST_PINS):
+        bounds[canonicalize_name(pin.name)] = [str(pin.specifier)]
+    needs: dict[str, dict[str, str]] = {}
+    for found in resolved:
+        name = canonicalize_name(found["metadata"]["name"])
+        if name in ON_HOST:
+            wanted = ",".join(sorted(set(bounds.get(name, []))))
+            needs[name] = {"resolved": found["metadata"]["version"], "needs": wanted}
+    return needs
+
+
+def groups_of(folder: Path) -> list[list[Path]]:
+    """The files of a folder, parted into what shares an archive: large files alone, the rest by kind."""
+    files = [file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    groups = [[file] for file in sorted(files) if file.stat().st_size >= _LARGE_BYTES]
+    group: list[Path] = []
+    size = 0
+    for file in sorted(files, key=lambda file: (file.suffix == ".so", file)):
+        if file.stat().st_size >= _LARGE_BYTES:
+            continue
+        if size > _ARCHIVE_BYTES:
+            groups.append(group)
+            group, size = [], 0
+        group.append(file)
+        size += file.stat().st_size
+    return [*groups, group] if group else groups
+
+
+def compress(folder: Path, files: list[Path], cache: Path) -> bytes:
+    """One xz-compressed tar of files of a folder.
+
+    Args:
+        folder: what the names in the archive begin under.
+        files: what goes in.
+        cache: keeps the archive of a single file, which is a large one and takes a minute, under its digest.
+
+    """
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+    if any(file.suffix == ".so" for file in files):
+        filters.insert(0, {"id": lzma.FILTER_X86})
+    known = None
+    if len(files) == 1:
+        names = f"{files[0].relative_to(folder)}{filters}".encode()
+        known = cache / f"{hashlib.sha256(names + files[0].read_bytes()).hexdigest()}.tar.xz"
+        if known.exists():
+            return known.read_bytes()
+    packed = io.BytesIO()
+    with (
+        lzma.open(packed, "wb", filters=filters) as stream,
+        tarfile.open(fileobj=stream, mode="w|") as archive,
+    ):
+        for file in files:
+            member = tarfile.TarInfo(str(file.relative_to(folder)))
+            member.size, member.mode = file.stat().st_size, 0o755 if file.suffix == ".so" else 0o644
+            with file.open("rb") as content:
+                archive.addfile(member, content)
+    if known is not None:
+        known.write_bytes(packed.getvalue())
+    return packed.getvalue()
+
+
+def pack(folder: Path, out: Path, cache: Path, part_bytes: int) -> dict[str, Any]:
+    """Write everything in a folder as independent archives, joined and cut into parts.
+
+    Args:
+        folder: what to pack.
+        out: gets the parts, `bundle.tar.xz.00` and on; earlier ones go.
+        cache: see :func:`compress`.
+        part_bytes: most bytes of a part.
 
     Returns:
-        Name, bytes and sha256 of every part, in order.
+        ``archives``: bytes of each, in order; ``parts``: name, bytes and sha256 of each, in order.
 
     """
     for old in out.glob("bundle.tar.xz.*"):
         old.unlink()
-    with tempfile.TemporaryFile(dir=out) as whole:
-        with lzma.open(whole, "wb", preset=6) as stream, tarfile.open(fileobj=stream, mode="w") as archive:
-            for file in sorted(folder.rglob("*")):
-                if file.is_file():
-                    archive.add(file, str(file.relative_to(folder)))
-        whole.seek(0)
-        parts: list[dict[str, Any]] = []
-        while content := whole.read(part_bytes):
-            name = f"bundle.tar.xz.{len(parts):02d}"
-            (out / name).write_bytes(content)
-            parts.append({"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
-        return parts
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        archives = list(pool.map(lambda files: compress(folder, files, cache), groups_of(folder)))
+    whole = b"".join(archives)
+    parts: list[dict[str, Any]] = []
+    for start in range(0, len(whole), part_bytes):
+        content = whole[start : start + part_bytes]
+        name = f"bundle.tar.xz.{len(parts):02d}"
+        (out / name).write_bytes(content)
+        parts.append({"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+    return {"archives": [len(archive) for archive in archives], "parts": parts}
+
+
+def sizes_of(tree: Path) -> list[tuple[str, float, float]]:
+    """Every distribution in a tree with its MiB, as they are and each file compressed; largest first."""
+    found = []
+    for distribution in distributions(path=[str(tree)]):
+        files = [Path(str(file.locate())) for file in distribution.files or []]
+        contents = [file.read_bytes() for file in files if file.is_file()]
+        packed = sum(len(zlib.compress(content)) for content in contents)
+        found.append((distribution.name, sum(map(len, contents)) / MIB, packed / MIB))
+    return sorted(found, key=lambda row: -row[2])
+
+
+def build(out: Path, part_bytes: int, binaries: tuple[str, ...], whole: bool, sizes: bool) -> dict[str, Any]:
+    """Download, install into a tree, pack; returns the manifest."""
+    downloads = out / "downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    vllm = download_vllm(downloads)
+    with zipfile.ZipFile(vllm) as archive:
+        metadata = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        needed = needed_of(archive.read(metadata).decode())
+    resolved = resolve([*needed, *project_requirements(), *HOST_PINS])
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        folder, tree = Path(scratch) / "wheels", Path(scratch) / "tree"
+        folder.mkdir()
+        for wheel in download_wheels(resolved, downloads):
+            rewrite_wheel(wheel, folder / wheel.name)
+        rewrite_wheel(vllm, folder / vllm.name, binaries, 0 if whole else ARCHITECTURE)
+        project = build_project(Path(scratch))
+        rewrite_wheel(project, folder / project.name)
+        install_tree(sorted(folder.iterdir()), tree)
+        if sizes:
+            for name, raw, packed in sizes_of(tree):
+                print(f"{name:44} {raw:8.2f} MiB, compressed {packed:7.2f}")
+        found = list(distributions(path=[str(tree)]))
+        manifest = {
+            "vllm": VLLM,
+            "commit": commit(),
+            "host": host_needs(resolved, [str(d.read_text("METADATA")) for d in found]),
+            "not_needed": sorted(NOT_NEEDED),
+            "carried": {d.name: d.version for d in sorted(found, key=lambda d: d.name.lower())},
+        }
+        copy_sources(tree / "source")
+        return manifest | pack(tree, out, downloads, part_bytes)
 
 
 def main() -> None:
@@ -296,48 +463,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--part-mib", type=int, default=56, help="size of a part, at most 60")
+    parser.add_argument(
+        "--part-mib", type=int, default=MOST_PART_MIB, help=f"size of a part, at most {MOST_PART_MIB}"
+    )
     parser.add_argument(
         "--binary", action="append", default=[], help="a further compiled file of vLLM's wheel to carry"
     )
+    parser.add_argument(
+        "--whole-libraries", action="store_true", help="carry machine code for every GPU, not sm_90 alone"
+    )
+    parser.add_argument("--sizes", action="store_true", help="list what every distribution takes")
     args = parser.parse_args()
-    if not 1 <= args.part_mib <= 60:
-        parser.error(f"--part-mib is {args.part_mib}; give 1 to 60")
-    downloads = args.out / "downloads"
-    downloads.mkdir(parents=True, exist_ok=True)
-    vllm = download_vllm(downloads)
-    with zipfile.ZipFile(vllm) as archive:
-        metadata = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        needed = needed_of(archive.read(metadata).decode())
-    resolved = resolve([*needed, *project_requirements(), *HOST_PINS])
-    wheels = download_wheels(resolved, downloads)
-    with tempfile.TemporaryDirectory(dir=args.out) as scratch:
-        folder = Path(scratch)
-        (folder / "wheels").mkdir()
-        rewrite_wheel(vllm, folder / "wheels" / vllm.name, (*BINARIES, *args.binary))
-        for wheel in wheels:
-            rewrite_wheel(wheel, folder / "wheels" / wheel.name)
-        project = build_project(folder)
-        rewrite_wheel(project, folder / "wheels" / project.name)
-        project.unlink()
-        copy_sources(folder / "source")
-        names = sorted(file.name for file in (folder / "wheels").iterdir())
-        parts = pack(folder, args.out, args.part_mib * MIB)
-    manifest = {
-        "vllm": VLLM,
-        "host": {
-            r["metadata"]["name"]: r["metadata"]["version"]
-            for r in resolved
-            if not carried(r["metadata"]["name"])
-        },
-        "not_needed": sorted(NOT_NEEDED),
-        "wheels": names,
-        "parts": parts,
-    }
+    if not 1 <= args.part_mib <= MOST_PART_MIB:
+        parser.error(f"--part-mib is {args.part_mib}; give 1 to {MOST_PART_MIB}")
+    binaries = (*BINARIES, *args.binary)
+    manifest = build(args.out, args.part_mib * MIB, binaries, args.whole_libraries, args.sizes)
     (args.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    shutil.copy(HERE / "install.py", args.out / "install.py")
-    total = sum(part["bytes"] for part in parts)
-    print(f"{len(parts)} parts, {total / MIB:.1f} MiB, {len(names)} wheels, in {args.out}")
+    shutil.copyfile(HERE / "install.py", args.out / "install.py")
+    total = sum(part["bytes"] for part in manifest["parts"])
+    print(
+        f"{len(manifest['parts'])} parts, {total / MIB:.1f} MiB, {len(manifest['carried'])} distributions, "
+        f"in {args.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""Install the offline bundle on a GPU host, with nothing but Python 3.12 and its pip.
+"""Install the offline bundle on a GPU host, with nothing but Python 3.12.
 
-    python install.py PARTS TARGET [--run OUT]
+    python install.py PARTS TARGET
 
-joins the parts that lie in the folder PARTS (beside `manifest.json`), checks them, and installs every wheel
-into the folder TARGET, which goes in front of the host's own packages:
+joins the parts that lie in the folder PARTS (beside `manifest.json`), checks them, and unpacks the tree that
+they hold into the folder TARGET, which goes in front of the host's own packages:
 
     export PYTHONPATH=TARGET
 
-Then it imports what the benchmark imports and says in one sentence each what is missing or of another
-version than the bundle was resolved for. With --run it goes on to check and time the kernels (into
-OUT/kernels.json) and the servers (into OUT/results.json); the scripts lie in TARGET/source, to be started by
-hand too. What was measured is not measured again: `--check-only --run OUT` goes on with a run that was cut
-off. The exit status is 0 when everything imports and nothing failed.
+A target that holds this bundle already is left as it is. Then it says in one sentence each what the host
+lacks or has of a version that does not fit, what cannot be imported, and, where there is a GPU, which of the
+carried libraries does not run on it. The exit status is 0 when there is nothing to say. The last lines are
+the commands that go on from there.
 """
 
 from __future__ import annotations
@@ -26,67 +25,81 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# What stock vLLM and the plugin load to serve LLaVA on one GPU.
-MODULES = (
-    "torch",
-    "triton",
-    "transformers",
-    "vllm",
-    "vllm._C_stable_libtorch",
-    "vllm.platforms.cuda",
-    "vllm.entrypoints.llm",
-    "vllm.v1.engine.core",
-    "vllm.v1.worker.gpu_worker",
-    "vllm.v1.worker.gpu.model_runner",
-    "vllm.v1.attention.backends.triton_attn",
-    "vllm.model_executor.models.llava",
-    "vllm_hybrid",
-    "vllm_hybrid_plugin",
-    "vllm_hybrid.attention",
-    "vllm_hybrid.model",
-    "vllm_hybrid.scheduler",
-    "vllm_hybrid.cuda_worker",
-    "vllm_hybrid.gpu_attention",
-)
+# Holds the digest of the installed bundle, once all of it is there.
+STAMP = "bundle.sha256"
+CHECK = Path("source/benchmarks/gpu/install_check.py")
+FIRST_RUN = Path("source/benchmarks/gpu/first_run.py")
+
+
+def stamp_of(manifest: dict[str, Any]) -> str:
+    """What tells one bundle from another: a digest over its parts'."""
+    return hashlib.sha256("".join(part["sha256"] for part in manifest["parts"]).encode()).hexdigest()
+
+
+def installed(target: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the target holds this very bundle."""
+    stamp = target / STAMP
+    return stamp.is_file() and stamp.read_text() == stamp_of(manifest)
 
 
 def join(folder: Path, manifest: dict[str, Any]) -> bytes:
-    """The whole archive.
+    """The parts in one.
 
     Raises:
-        RuntimeError: a part is missing or damaged; one sentence says which.
+        RuntimeError: parts are missing or one is damaged; one sentence says which.
 
     """
-    parts = []
-    for part in manifest["parts"]:
-        file = folder / part["name"]
-        if not file.is_file():
-            raise RuntimeError(
-                f"{part['name']} is missing; copy all {len(manifest['parts'])} parts to {folder}"
-            )
-        content = file.read_bytes()
+    names = [part["name"] for part in manifest["parts"]]
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        verb = "is" if len(absent) == 1 else "are"
+        raise RuntimeError(f"{', '.join(absent)} {verb} missing; copy all {len(names)} parts to {folder}")
+    contents = [(folder / name).read_bytes() for name in names]
+    for part, content in zip(manifest["parts"], contents, strict=True):
         if hashlib.sha256(content).hexdigest() != part["sha256"]:
             raise RuntimeError(f"{part['name']} is damaged (its sha256 differs); copy it again")
-        parts.append(content)
-    return b"".join(parts)
+    return b"".join(contents)
 
 
-def install(archive: bytes, target: Path) -> None:
-    """Unpack beside the target; put wheels, and the sources as `source`, into it in place of earlier ones."""
-    unpacked = target.with_name(target.name + ".wheels")
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:xz") as tar:
-        tar.extractall(unpacked, filter="data")
-    wheels = sorted(str(file) for file in (unpacked / "wheels").glob("*.whl"))
-    command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index"]
-    command += ["--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target", str(target), *wheels]
-    subprocess.run(command, check=True)
-    shutil.rmtree(target / "source", ignore_errors=True)
-    shutil.move(unpacked / "source", target / "source")
-    shutil.rmtree(unpacked)
+def archives(joined: bytes, lengths: list[int]) -> Iterator[bytes]:
+    """The independent archives that the parts were cut from."""
+    start = 0
+    for length in lengths:
+        yield joined[start : start + length]
+        start += length
+
+
+def unpack(archive: bytes, folder: Path) -> None:
+    """One archive into a folder."""
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r|xz") as tar:
+        tar.extractall(folder, filter="data")
+
+
+def install(parts: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Unpack beside the target, archives in parallel, and put the result in its place.
+
+    Raises:
+        RuntimeError: a part is missing or damaged, or the target holds something else than a bundle.
+
+    """
+    if target.exists() and any(target.iterdir()) and not (target / STAMP).is_file():
+        raise RuntimeError(f"{target} holds something else than a bundle; give a new or an empty folder")
+    joined = join(parts, manifest)
+    fresh = target.with_name(target.name + ".unpacking")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(lambda one: unpack(one, fresh), archives(joined, manifest["archives"])):
+            pass
+    (fresh / STAMP).write_text(stamp_of(manifest))
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
 
 
 def environment(target: Path) -> dict[str, str]:
@@ -95,66 +108,50 @@ def environment(target: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
-def commands(target: Path, out: Path, budget: float) -> list[list[str]]:
-    """Kernels, then servers: each checks before it times, prints a table and writes JSON."""
-    scripts = target / "source" / "benchmarks" / "gpu"
-    return [
-        [sys.executable, str(scripts / "kernels.py"), "--out", str(out / "kernels.json")],
-        [
-            *(sys.executable, str(scripts / "bench.py"), "--out", str(out / "results.json")),
-            *("--budget", f"{budget:g}"),
-        ],
-    ]
-
-
-def measure(target: Path, out: Path, budget: float) -> bool:
-    """Run the benchmark; returns whether all of it succeeded."""
-    out.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    kernels, servers = commands(target.resolve(), out.resolve(), budget)
-    done = out / "kernels.json"
-    fine = done.exists() and bool(json.loads(done.read_text()).get("complete"))
-    if not fine:
-        fine = subprocess.run(kernels, env=environment(target), check=False).returncode == 0
-    servers[-1] = f"{budget - (time.monotonic() - began):g}"
-    return subprocess.run(servers, env=environment(target), check=False).returncode == 0 and fine
-
-
 def differences(manifest: dict[str, Any]) -> list[str]:
-    """What the host has other than the bundle was resolved for, a sentence each."""
+    """What the host lacks or has in a version that does not fit, a sentence each."""
+    from packaging.specifiers import SpecifierSet
+
     found = []
     for name, wanted in sorted(manifest["host"].items()):
         try:
             have = version(name)
         except PackageNotFoundError:
-            found.append(f"{name} is not on this host; the bundle was resolved with {wanted} there.")
+            found.append(
+                f"{name} is not on this host; the bundle was resolved with {wanted['resolved']} there."
+            )
             continue
-        if have.split("+")[0] != wanted:
-            found.append(f"{name} is {have} on this host; the bundle was resolved for {wanted}.")
+        if not SpecifierSet(wanted["needs"]).contains(have.split("+")[0], prereleases=True):
+            found.append(f"{name} is {have} on this host; the bundle needs {wanted['needs']}.")
     return found
 
 
-def missing(target: Path, modules: tuple[str, ...] = MODULES) -> list[str]:
-    """Modules that cannot be imported with the target in front, a sentence each."""
-    found = []
-    code = "import importlib,sys\nfor m in sys.argv[1:]:\n importlib.import_module(m); print(m, flush=True)"
-    left = list(modules)
-    while left:
+def check(target: Path, script: Path = CHECK) -> list[str]:
+    """What does not import or run with the target in front, a sentence each.
+
+    One process does all of it. Where one ends without a word (a library that takes it down), another goes on
+    behind what it had begun last.
+    """
+    found: list[str] = []
+    begun: list[str] = []
+    while True:
         done = subprocess.run(
-            [sys.executable, "-c", code, *left],
+            [sys.executable, str(target / script), *begun],
             capture_output=True,
             text=True,
             env=environment(target),
             check=False,
         )
-        imported = [line for line in done.stdout.split() if line in left]
-        if done.returncode == 0:
-            break
-        failed = left[len(imported)]
+        lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
+        new = [line[1] for line in lines if line[0] == "BEGIN"]
+        found += [line[1] for line in lines if line[0] == "SAY"]
+        if ["END"] in lines:
+            return found
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        found.append(f"{failed} cannot be imported: {reason}")
-        left = left[len(imported) + 1 :]
-    return found
+        if not new:
+            return [*found, f"{script.name} ended with code {done.returncode}: {reason}"]
+        found.append(f"{new[-1]} ends the process with code {done.returncode}: {reason}")
+        begun += new
 
 
 def main() -> int:
@@ -163,32 +160,36 @@ def main() -> int:
     )
     parser.add_argument("parts", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--check-only", action="store_true", help="do not install, only check")
-    parser.add_argument("--run", type=Path, metavar="OUT", help="then run the benchmark, results in OUT")
-    parser.add_argument("--budget", type=float, default=3000, help="seconds after which nothing is begun")
+    parser.add_argument("--no-check", action="store_true", help="do not check what is installed")
     args = parser.parse_args()
     if sys.version_info[:2] != (3, 12):
-        print(f"this is Python {sys.version.split()[0]}; the bundle's wheels are for 3.12, use that")
+        print(f"this is Python {sys.version.split()[0]}; the bundle is for 3.12, use that")
         return 1
-    manifest = json.loads((args.parts / "manifest.json").read_text())
-    if not args.check_only:
-        try:
-            archive = join(args.parts, manifest)
-        except RuntimeError as error:
-            print(error)
-            return 1
-        install(archive, args.target)
+    began = time.monotonic()
+    try:
+        manifest = json.loads((args.parts / "manifest.json").read_text())
+        if installed(args.target, manifest):
+            print(f"{args.target} holds this bundle already")
+        else:
+            install(args.parts, args.target, manifest)
+            print(f"installed in {time.monotonic() - began:.0f} s")
+    except (OSError, RuntimeError) as error:
+        print(error)
+        return 1
+    began = time.monotonic()
     sys.path.insert(0, str(args.target))
-    for sentence in differences(manifest):
+    sentences = [] if args.no_check else [*differences(manifest), *check(args.target)]
+    for sentence in sentences:
         print(sentence)
-    failed = missing(args.target)
-    for sentence in failed:
-        print(sentence)
-    print(f"vllm {version('vllm')} and vllm-hybrid {version('vllm-hybrid')} are in {args.target}")
-    print(f"export PYTHONPATH={args.target}")
-    if failed:
-        return 1
-    return 0 if args.run is None or measure(args.target, args.run, args.budget) else 1
+    if not args.no_check:
+        print(f"checked in {time.monotonic() - began:.0f} s: {len(sentences) or 'nothing'} to say")
+    print(f"vllm {version('vllm')} and vllm-hybrid {version('vllm-hybrid')} are in {args.target}; go on with")
+    print(f"  export PYTHONPATH={args.target.resolve()}")
+    script = args.target.resolve() / FIRST_RUN
+    print(
+        f"  {sys.executable} {script} --out RESULTS --stage smoke --minutes 9 --commit {manifest['commit']}"
+    )
+    return 1 if sentences else 0
 
 
 if __name__ == "__main__":
