@@ -1,42 +1,140 @@
-"""Answers of a tiny hybrid engine on this machine's device against the tests' reference, in float32."""
+"""Answers of tiny hybrid engines on this machine's device against the tests' reference, case by case.
+
+    python benchmarks/gpu/checking.py --out checks.json            # on a GPU
+    python benchmarks/gpu/checking.py --out checks.json            # again: goes on where the time ran out
+    python benchmarks/gpu/checking.py --tiny --out checks.json     # two engines, on a CPU
+
+Engines are eager and compiled with CUDA graphs, in float32 and bf16, each in a process of its own. Every case
+is answered twice; merged sets, kept sets, log-probabilities, tokens and the bits of the second run are
+reported apart. What disagrees is in the table and does not end the run: the exit status is 1 only where the
+run itself broke.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-# Matrix products in full float32, so that merges and prunes fall as the reference's do.
-os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-# Rounding differs between a GPU's sums and the reference's; a wrong key or position is off by far more.
-TOLERANCE = 5e-3
-PICTURES = 4
-TOKENS = 8
+from benchmarks.gpu import check_requests, facts  # noqa: E402
+from benchmarks.gpu.cases import MOST_S, UNLIMITED_S, Case, Record, Runner, drive  # noqa: E402
+from benchmarks.gpu.check_compare import TOLERANCES  # noqa: E402
+from benchmarks.gpu.check_requests import CASES  # noqa: E402
+from benchmarks.gpu.check_tables import table, verdicts  # noqa: E402
+from benchmarks.gpu.results import Results  # noqa: E402
+
+SCRIPT = Path(__file__).resolve().parent / "check_engine.py"
+START_S = 60
+CASE_S = 15
+# Side by side on one GPU: they mostly keep the host busy.
+TOGETHER = 5
 
 
-def main() -> None:
-    import torch
+@dataclass(frozen=True)
+class Engine:
+    """An engine to check.
 
-    from tests import engines
+    Attributes:
+        dtype: it computes in.
+        eager: neither compiled nor captured.
+        ratio: share of an image's tokens that FastV drops.
 
-    section = engines.hybrid_section("both")
-    # The bundle leaves FlashAttention out.
-    options: dict[str, Any] = {"mm_encoder_attn_backend": "TORCH_SDPA"} if torch.version.cuda else {}
-    served = engines.serve(section, **options)
-    asks = [served.decided(image) for image in engines.images(PICTURES)]
-    outputs = served.generate(asks, TOKENS)
+    """
+
+    dtype: str
+    eager: bool
+    ratio: float = 0.5
+
+    @property
+    def name(self) -> str:
+        return f"{self.dtype}-{'eager' if self.eager else 'graphs'}-R{self.ratio:g}"
+
+    def cases(self, most_s: float = MOST_S) -> list[Case]:
+        """Its cases and when one hangs; without graphs nothing is filled up to a graph's size."""
+        names = [name for name in CASES if not (self.eager and CASES[name].condition == "padded")]
+        return [Case(f"{self.name}: {name}", CASE_S, most_s) for name in names]
+
+
+ENGINES = (
+    Engine("float32", eager=True),
+    Engine("float32", eager=False),
+    Engine("bfloat16", eager=False),
+    Engine("bfloat16", eager=True),
+    Engine("float32", eager=False, ratio=0.0),
+)
+TINY = (Engine("float32", eager=True), Engine("bfloat16", eager=True))
+
+
+def check(args: argparse.Namespace, record: Record, deadline: float) -> None:
+    """Run the cases of every engine that are not on record, as far as the time goes."""
+    logs = args.out.with_name(args.out.stem + "-logs")
+    logs.mkdir(parents=True, exist_ok=True)
+    folder = args.out.with_name(args.out.stem + "-work")
+    check_requests.checkpoint(folder)
+    engines = [engine for engine in (TINY if args.tiny else ENGINES) if args.engines in engine.name]
+    at_once = 1 if args.tiny else min(args.together, len(engines))
+    # Each computes its reference on the CPU.
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(1, at_once)))}
+
+    def run(engine: Engine) -> None:
+        def command(left: Sequence[Case], until: float) -> list[str]:
+            plan = asdict(engine) | {"cuda": not args.tiny, "folder": str(folder), "deadline": until}
+            plan["cases"] = [vars(case) for case in left]
+            return [sys.executable, str(SCRIPT), json.dumps(plan)]
+
+        case_s, start_s = (UNLIMITED_S, UNLIMITED_S) if args.tiny else (MOST_S, 2 * MOST_S)
+        cases = [
+            case
+            for case in engine.cases(case_s)
+            if not args.cases or case.key.partition(": ")[2] in args.cases
+        ]
+        drive(Runner(engine.name, command, START_S, start_s, threads), cases, record, logs, deadline)
+
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        list(pool.map(run, engines))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("checks.json"))
+    parser.add_argument("--minutes", type=float, default=9, help="end within this time")
+    parser.add_argument("--tiny", action="store_true", help="two engines, on a CPU")
+    parser.add_argument("--engines", default="", help="only engines whose name holds this")
+    parser.add_argument("--cases", type=lambda names: names.split(","), help=f"some of: {','.join(CASES)}")
+    parser.add_argument("--together", type=int, default=TOGETHER, help="engines at a time")
+    parser.add_argument("--again", action="store_true", help="try cases that failed again")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    deadline = time.time() + 60 * args.minutes
     try:
-        worst, agrees = served.check(asks, outputs, TOLERANCE), True
-    except AssertionError as error:
-        print(error, file=sys.stderr)
-        worst, agrees = served.check(asks, outputs, float("inf")), False
-    message = {"worst": worst, "tolerance": TOLERANCE, "agrees": agrees, "requests": len(asks)}
-    print("CELL " + json.dumps({"check": message}), flush=True)
+        known = {"device": facts.device(args.tiny), "versions": facts.versions(), "tiny": args.tiny}
+        record = Record(Results(args.out, known, " ".join(["python", *sys.argv])), args.again)
+    except RuntimeError as error:
+        print(error)
+        return 1
+    record.results.content["tolerances"] = {name: asdict(allowed) for name, allowed in TOLERANCES.items()}
+    check(args, record, deadline)
+    verdict = verdicts(record.results.cells)
+    record.results.content["verdict"] = verdict
+    record.results.save()
+    print(table(record.results.cells))
+    print(verdict)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""A word for what came of a case."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def state(cell: dict[str, Any]) -> str:
+    """``agrees``, or what is wrong: a failure and its reason, a missing condition, what differs."""
+    if "failed" in cell:
+        return f"FAILED: {cell['failed'].replace('|', '/')}"
+    if "absent" in cell:
+        return f"not run: {cell['absent']}"
+    if cell.get("happened") is False:
+        return f"DID NOT HAPPEN: {cell['condition']}"
+    wrong = [aspect for aspect, right in cell.get("agrees", {}).items() if right is False]
+    return f"DISAGREES: {', '.join(wrong)}" if wrong else "agrees"
