@@ -1,349 +1,33 @@
-"""The GPU benchmark without a GPU: bundle, cost model, scenes, resumable results, and a toy run of it all."""
+"""The GPU benchmark without a GPU: cells and their order, measuring processes, loads, tables, a toy run."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import asyncio
 import json
 import os
+import random
 import subprocess
 import sys
-import zipfile
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import AutoImageProcessor
 
-from benchmarks.gpu import bench, bundle, cost_model, install, kernels, measuring, one_at_a_time
-from benchmarks.gpu.cost_model import Gpu, Reduction, Shape
-from benchmarks.gpu.model import SIZES, write_folder
-from vllm_hybrid import planning
+from benchmarks.checkpoint import picture
+from benchmarks.gpu import bench, cost_model, measuring, one_at_a_time, prepared, tables
+from benchmarks.gpu.cells import FULL, LOADS, TINY, UNMERGED, Engine, arrivals_at, cells_of, engines_of
+from benchmarks.gpu.model import SIZES, seeded_tower, tower_file, tower_weights, write_folder
+from benchmarks.gpu.processes import Measuring, ProcessFailed, last_error, lines_of
+from benchmarks.gpu.results import Results
 
 REPO = Path(__file__).parents[1]
-FULL = Shape()
-
-
-# Bundle.
-
-
-def write_wheel(file: Path, files: dict[str, bytes]) -> None:
-    """A wheel named vllm with a true RECORD."""
-    record = "vllm-0.32.0.dist-info/RECORD"
-    rows = []
-    for name, content in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-        rows.append(f"{name},sha256={digest},{len(content)}")
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-        archive.writestr(record, "\n".join([*rows, f"{record},,"]) + "\n")
-
-
-WHEEL_FILES = {
-    "vllm/__init__.py": b"version = 1\n",
-    "vllm/_C_stable_libtorch.abi3.so": b"needed",
-    "vllm/_moe_C_stable_libtorch.abi3.so": b"not needed",
-    "vllm/vllm-rs": b"a server in another language",
-    "vllm/third_party/deep_gemm/include/a.hpp": b"template",
-    "vllm/kernels/config.json": b"{}",
-    "vllm-0.32.0.dist-info/METADATA": b"Name: vllm\nVersion: 0.32.0\n",
-}
-
-
-def test_a_slim_wheel_is_a_true_wheel_of_the_same_version(tmp_path: Path) -> None:
-    source, target = tmp_path / "whole.whl", tmp_path / "slim.whl"
-    write_wheel(source, WHEEL_FILES)
-    assert bundle.record_is_true(source)
-    bundle.rewrite_wheel(source, target, bundle.BINARIES)
-    with zipfile.ZipFile(target) as archive:
-        assert set(archive.namelist()) == {
-            "vllm/__init__.py",
-            "vllm/_C_stable_libtorch.abi3.so",
-            "vllm/kernels/config.json",
-            "vllm-0.32.0.dist-info/METADATA",
-            "vllm-0.32.0.dist-info/RECORD",
-        }
-    assert bundle.record_is_true(target)
-
-
-def test_a_wheel_with_a_wrong_record_is_noticed(tmp_path: Path) -> None:
-    source, changed = tmp_path / "whole.whl", tmp_path / "changed.whl"
-    write_wheel(source, WHEEL_FILES)
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(changed, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, b"other" if name == "vllm/__init__.py" else old.read(name))
-    assert not bundle.record_is_true(changed)
-
-
-def test_a_binary_that_the_wheel_does_not_have_is_refused(tmp_path: Path) -> None:
-    source = tmp_path / "whole.whl"
-    write_wheel(source, WHEEL_FILES)
-    with pytest.raises(RuntimeError, match=r"has no vllm/none\.so"):
-        bundle.rewrite_wheel(source, tmp_path / "slim.whl", ["vllm/none.so"])
-
-
-@pytest.mark.parametrize(
-    ("wheel", "fits"),
-    [
-        ("a-1-py3-none-any.whl", True),
-        ("a-1-py2.py3-none-any.whl", True),
-        ("a-1-cp38-abi3-manylinux_2_28_x86_64.whl", True),
-        ("a-1-cp312-cp312-manylinux2014_x86_64.manylinux_2_17_x86_64.whl", True),
-        ("a-1-cp312-abi3-manylinux_2_26_x86_64.whl", True),
-        ("a-1-cp311-cp311-manylinux_2_28_x86_64.whl", False),
-        ("a-1-cp313-abi3-manylinux_2_28_x86_64.whl", False),
-        ("a-1-cp312-cp312-manylinux_2_39_x86_64.whl", False),
-        ("a-1-cp312-cp312-manylinux_2_28_aarch64.whl", False),
-        ("a-1-cp312-cp312-macosx_11_0_arm64.whl", False),
-    ],
-)
-def test_only_wheels_for_the_host_fit(wheel: str, fits: bool) -> None:
-    assert bundle.fits_host(wheel) is fits
-
-
-def test_requirements_leave_out_the_host_s_torch_and_what_llava_never_imports() -> None:
-    metadata = "\n".join(
-        [
-            "Metadata-Version: 2.1",
-            "Requires-Dist: torch==2.13.0",
-            "Requires-Dist: flashinfer-python==0.7.0",
-            "Requires-Dist: msgspec",
-            'Requires-Dist: six>=1.16.0; python_version > "3.11"',
-            'Requires-Dist: old; python_version < "3.12"',
-            'Requires-Dist: pandas; extra == "bench"',
-            "Requires-Dist: fastapi[standard]<0.137.0,>=0.133.0",
-        ]
-    )
-    assert bundle.needed_of(metadata) == ["msgspec", "six>=1.16.0", "fastapi[standard]<0.137.0,>=0.133.0"]
-
-
-def test_what_hangs_on_the_host_s_driver_and_torch_is_not_carried() -> None:
-    assert [
-        n for n in ("torch", "triton", "nvidia-cublas", "cuda-bindings", "numpy") if bundle.carried(n)
-    ] == []
-    assert bundle.carried("msgspec") and bundle.carried("Apache_TVM_FFI")
-
-
-def test_parts_join_to_what_was_packed_and_damage_is_named(tmp_path: Path) -> None:
-    folder, out = tmp_path / "in", tmp_path / "out"
-    (folder / "wheels").mkdir(parents=True)
-    out.mkdir()
-    (folder / "wheels" / "a.whl").write_bytes(os.urandom(5000))
-    parts = bundle.pack(folder, out, 2000)
-    assert len(parts) > 2 and all(part["bytes"] <= 2000 for part in parts)
-    archive = install.join(out, {"parts": parts})
-    import io
-    import tarfile
-
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:xz") as tar:
-        member = tar.extractfile("wheels/a.whl")
-        assert member is not None and member.read() == (folder / "wheels" / "a.whl").read_bytes()
-    (out / parts[1]["name"]).write_bytes(b"x")
-    with pytest.raises(RuntimeError, match=r"bundle\.tar\.xz\.01 is damaged"):
-        install.join(out, {"parts": parts})
-    (out / parts[0]["name"]).unlink()
-    with pytest.raises(RuntimeError, match=r"bundle\.tar\.xz\.00 is missing"):
-        install.join(out, {"parts": parts})
-
-
-def test_the_installer_names_what_cannot_be_imported(tmp_path: Path) -> None:
-    (tmp_path / "present.py").write_text("")
-    (tmp_path / "broken.py").write_text("import absent_module\n")
-    found = install.missing(tmp_path, ("present", "broken", "json", "nowhere"))
-    assert found == [
-        "broken cannot be imported: ModuleNotFoundError: No module named 'absent_module'",
-        "nowhere cannot be imported: ModuleNotFoundError: No module named 'nowhere'",
-    ]
-
-
-def test_sources_for_the_check_and_the_benchmark_are_carried(tmp_path: Path) -> None:
-    bundle.copy_sources(tmp_path)
-    for command in install.commands(tmp_path.parent, tmp_path, 100):
-        name = Path(command[1]).name
-        assert (tmp_path / "benchmarks" / "gpu" / name).is_file()
-    assert (tmp_path / "tests" / "engines.py").is_file()
-    assert {"typer", "rich"} <= set(bundle.project_requirements())
-
-
-def test_the_installer_starts_what_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert options["env"]["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
-        started.append(command)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(install.subprocess, "run", run)
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "kernels.json").write_text('{"kernels": []}')
-    assert install.measure(tmp_path, out, 100)
-    assert [Path(command[1]).name for command in started] == ["kernels.py", "bench.py"]
-    (out / "kernels.json").write_text('{"kernels": [], "complete": true}')
-    started.clear()
-    assert install.measure(tmp_path, out, 100)
-    assert [Path(command[1]).name for command in started] == ["bench.py"]
-    assert 0 < float(started[0][-1]) <= 100
-
-
-def test_the_installer_names_other_versions() -> None:
-    have = torch.__version__.split("+")[0]
-    host = {"torch": have, "numpy": "0.0.1", "no-such-package": "1"}
-    found = install.differences({"host": host})
-    assert len(found) == 2
-    assert found[0].startswith("no-such-package is not on this host")
-    assert "the bundle was resolved for 0.0.1" in found[1]
-
-
-# Cost model.
-
-SMALL = Shape(
-    vision_layers=3,
-    vision_width=48,
-    vision_inside=96,
-    vision_heads=4,
-    patches=16,
-    patch_size=14,
-    layers=4,
-    width=64,
-    inside=96,
-    heads=4,
-    kv_heads=2,
-    head_size=16,
-    vocabulary=120,
-)
-
-
-def test_operation_counts_are_torch_s_own() -> None:
-    text, image_token = 9, 100
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=SMALL.vision_width,
-            intermediate_size=SMALL.vision_inside,
-            num_hidden_layers=SMALL.vision_layers,
-            num_attention_heads=SMALL.vision_heads,
-            image_size=56,
-            patch_size=SMALL.patch_size,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=SMALL.width,
-            intermediate_size=SMALL.inside,
-            num_hidden_layers=SMALL.layers,
-            num_attention_heads=SMALL.heads,
-            num_key_value_heads=SMALL.kv_heads,
-            head_dim=SMALL.head_size,
-            vocab_size=SMALL.vocabulary,
-        ),
-        image_token_index=image_token,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=SMALL.patches,
-        attn_implementation="eager",
-    )
-    model = LlavaForConditionalGeneration(config).eval()
-    ids = torch.tensor([[1] * 4 + [image_token] * SMALL.patches + [2] * (text - 4)])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, pixel_values=torch.randn(1, 3, 56, 56), logits_to_keep=1)
-    tower = {name: f for name, f in counter.get_flop_counts().items() if name.endswith("vision_tower")}
-    (tower_total,) = (sum(found.values()) for found in tower.values())
-    off = Reduction()
-    # transformers runs all layers of the tower and takes the one before the last's features.
-    assert tower_total == cost_model.tower_linear_flops(SMALL, off) + cost_model.tower_attention_flops(
-        SMALL, off
-    )
-    length = text + SMALL.patches
-    decoder = SMALL.layers * (
-        cost_model.linear_flops(SMALL, length) + cost_model.attention_flops(SMALL, length * length)
-    )
-    rest = cost_model.projector_flops(SMALL, SMALL.patches) + cost_model.head_flops(SMALL, 1)
-    assert counter.get_total_flops() - tower_total == decoder + rest
-
-
-def test_causal_attention_counts_the_pairs_that_see_each_other() -> None:
-    for queries, keys in ((1, 7), (5, 5), (3, 8)):
-        pairs = sum(k <= keys - queries + q for q in range(queries) for k in range(keys))
-        assert cost_model.causal_pairs(queries, keys) == pairs
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.75])
-@pytest.mark.parametrize("live", [1, 90, 195, 394, 575, None])
-@pytest.mark.parametrize("image_start", [0, 5, 16, 131])
-def test_kv_blocks_are_those_the_managers_hold(live: int | None, ratio: float, image_start: int) -> None:
-    from vllm.v1.core.block_pool import BlockPool
-
-    from vllm_hybrid.config import live_to_kept
-    from vllm_hybrid.tiers import SPEC_OF_TIER, Tier, TierManager, tier_block_sizes
-
-    reduction = Reduction(live, ratio)
-    if not reduction.active:
-        return
-    positions = image_start + FULL.patches + 57
-    lower = 2 if ratio else FULL.layers
-    sizes = tier_block_sizes(16, lower, FULL.layers - lower)
-    count = FULL.patches if live is None else live
-    tokens = {Tier.LOWER: count, Tier.UPPER: live_to_kept(count, ratio)}
-    pool = BlockPool(num_gpu_blocks=200, enable_caching=False, hash_block_size=16)
-    free = pool.get_num_free_blocks()
-    predicted = cost_model.tier_blocks(FULL, reduction, positions, image_start)
-    page_bytes = set()
-    total = 0
-    for (tier, size), guess in zip(sizes.items(), predicted, strict=True):
-        spec: Any = SPEC_OF_TIER[tier](
-            block_size=size, num_kv_heads=32, head_size=128, head_size_v=128, dtype=torch.bfloat16
-        )
-        manager = TierManager(
-            spec, pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=size
-        )
-        manager.allocate_new_blocks("request", positions, positions)
-        manager.give_back("request", image_start + tokens[tier], image_start + FULL.patches)
-        held = sum(not block.is_null for block in manager.req_to_blocks["request"])
-        assert guess.blocks == held
-        total += held * guess.layers * spec.page_size_bytes
-        page_bytes.add(guess.layers * spec.page_size_bytes)
-    assert free - pool.get_num_free_blocks() == sum(guess.blocks for guess in predicted)
-    assert len(page_bytes) == 1
-    assert cost_model.request_kv_bytes(FULL, reduction, positions, image_start) == total
-
-
-def test_stock_holds_every_block() -> None:
-    assert cost_model.request_kv_bytes(FULL, Reduction(), 638) == 40 * 16 * 32 * 2 * 32 * 128 * 2
-
-
-def test_an_image_costs_less_the_fewer_tokens_are_left() -> None:
-    gpu = Gpu()
-    for load in cost_model.LOADS.values():
-        rates = [
-            cost_model.serve(FULL, Reduction(live, ratio), load, gpu, requests=32).requests_per_s
-            for live, ratio in ((394, 0.0), (195, 0.0), (90, 0.0), (90, 0.5), (90, 0.75))
-        ]
-        assert rates == sorted(rates) and len(set(rates)) == len(rates)
-
-
-def test_requests_are_served_in_whole_prompts() -> None:
-    # Three prompts of 636 positions fit in a step of 2000, so seven requests take three steps.
-    gpu = Gpu()
-    works = [cost_model.Work(3, 636), cost_model.Work(3, 636), cost_model.Work(1, 636)]
-    took = [cost_model.step_time(FULL, Reduction(), work, gpu) for work in works]
-    found = cost_model.serve(FULL, Reduction(), 1, gpu, requests=7, step_tokens=2000)
-    assert found.requests_per_s == pytest.approx(7 / sum(took))
-    assert found.first_token_s == pytest.approx(took[0] + took[1])
-    assert found.per_token_s is None
-
-
-def test_the_predictions_in_the_read_me_are_the_model_s() -> None:
-    text = (REPO / "benchmarks" / "gpu" / "README.md").read_text()
-    assert cost_model.table(cost_model.predict(FULL, Gpu())) in text
-    assert cost_model.HEADING in text
-
+LONG = 900
 
 # Measuring.
 
@@ -357,130 +41,455 @@ def test_medians() -> None:
     found = measuring.summary(runs)
     assert found["requests_per_s"] == 1.5
     assert found["first_token_s"] == 0.2
+    assert found["first_token_p99_s"] == 0.5
     assert found["per_token_s"] == pytest.approx(0.2)
+    assert found["all_requests_per_s"] == [1.5, 3.0, 1.0]
     assert measuring.summary([measuring.Timed(1, 1.0, [0.1], [0.0])])["per_token_s"] is None
 
 
+def test_the_99th_percentile() -> None:
+    assert measuring.percentile(range(1, 101), 0.99) == 100
+    assert measuring.percentile(range(1, 201), 0.99) == 199
+    assert measuring.percentile([5.0], 0.99) == 5.0
+
+
+# Cells and their order.
+
+
 def test_cells_have_names_of_their_own() -> None:
-    loads = [*bench.FULL.loads, "capacity"]
-    keys = []
-    for kind in ("stock", "off", "transformers", "hybrid"):
-        for ratio in (0.0, 0.5) if kind == "hybrid" else (0.0,):
-            keys += [c["key"] for c in bench.cells_of(bench.FULL, kind, [90, 195, 576], ratio, loads)]
+    keys = [
+        engine.key(live, cell)
+        for engine in engines_of(bench.KINDS, [90, 195, UNMERGED], [0.5, 0.0, 0.75])
+        for live in engine.lives
+        for cell in cells_of(FULL, engine, LOADS)
+    ]
     assert len(keys) == len(set(keys))
-    assert "hybrid/90/0.5/prefill" in keys and "stock/capacity" in keys
+    assert {"hybrid/90/0.5/prefill/c64", "stock/capacity/all", "stock_triton/mixed/c256"} <= set(keys)
     # Without merging, R = 0 reduces nothing: that is "off".
-    assert "hybrid/576/0.5/decode" in keys and "hybrid/576/0/decode" not in keys
-    assert not any(key.startswith("transformers") and key.endswith(("alone", "capacity")) for key in keys)
+    assert "hybrid/576/0.5/decode/c64" in keys
+    assert not any(key.startswith("hybrid/576/0/") for key in keys)
+    assert {key.rsplit("/", 1)[1] for key in keys if key.startswith("transformers/")} == {"c1"}
+
+
+def test_what_counts_most_comes_first() -> None:
+    engines = engines_of(bench.KINDS, [90, 195, 394], [0.5, 0.0, 0.75])
+    assert engines[:5] == [
+        Engine("stock"),
+        Engine("hybrid", 0.5, (90,)),
+        Engine("hybrid", 0.0, (90,)),
+        Engine("off"),
+        Engine("stock_triton"),
+    ]
+    assert engines[-1].kind == "transformers" and engines[5].lives == (195, 394)
+    cells = cells_of(FULL, engines[0], LOADS)
+    headline = [cell.headline for cell in cells]
+    assert headline == sorted(headline, reverse=True)
+    in_flight = [cell.concurrency for cell in cells if cell.load == "mixed"]
+    assert in_flight == [1, 4, 16, 32, 64, 256] and all(c.headline for c in cells if c.load == "mixed")
+    # Every cell sends at least as many requests as are to be in flight.
+    assert all(cell.requests >= cell.concurrency for cell in cells if cell.concurrency)
+
+
+def test_arrivals_come_at_the_same_rate_for_every_engine() -> None:
+    for engine in (Engine("stock"), Engine("hybrid", 0.5, (90,))):
+        shares = {c.at: arrivals_at(c, 40.0, FULL) for c in cells_of(FULL, engine, ["arrivals"])}
+        assert {at: cell.rate for at, cell in shares.items()} == pytest.approx(
+            {"0.5x": 20.0, "0.8x": 32.0, "1.2x": 48.0, "2x": 80.0}
+        )
+        assert shares["0.5x"].requests == 120
+
+
+def run_of(tmp_path: Path, **changes: Any) -> bench.Run:
+    run = {
+        "scale": TINY,
+        "cuda": False,
+        "eager": True,
+        "repeats": 1,
+        "loads": LOADS,
+        "folder": tmp_path,
+        "work": tmp_path,
+        "thresholds": {"90": [0.5, 0.5, 0.5]},
+        "deadline": time.time() + 1000,
+        "library": "a",
+        "progress": lambda: None,
+    }
+    return bench.Run(**(run | changes))
+
+
+def test_time_is_kept_back_for_the_first_table(tmp_path: Path) -> None:
+    run = run_of(tmp_path, scale=FULL)
+    results = Results(tmp_path / "results.json", {}, "")
+    hybrid = Engine("hybrid", 0.5, (90,))
+    cells = [cell for cell in cells_of(FULL, hybrid, LOADS) if cell.headline]
+    expected = FULL.start_s + sum(cell.expected_s for cell in cells)
+    assert bench.reserved_s(run, results, [hybrid, Engine("off")]) == pytest.approx(expected)
+    # What an engine really took to start counts as soon as one has, and so do stock's cells.
+    results.engines["stock"] = {"started_s": [33.0]}
+    results.cells["stock/mixed/c1"] = {"cell_s": 100.0}
+    (first,) = [cell for cell in cells if cell.name == "mixed/c1"]
+    assert bench.reserved_s(run, results, [hybrid]) == pytest.approx(
+        expected - FULL.start_s + 33 + 100 - first.expected_s
+    )
+    late = run_of(tmp_path, scale=FULL, deadline=time.time() + 50)
+    assert bench._ready(late, results, cells_of(FULL, hybrid, ["decode"])[0], 60.0) is None
+    assert bench._ready(late, results, cells[-1], 60.0) == cells[-1]
+
+
+def test_what_fails_again_and_again_is_left_out(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    results = Results(tmp_path / "results.json", {}, "")
+    engine = Engine("stock")
+    names = [cell.name for _, cell in bench.cells_left(run, results, engine)]
+    results.failed(f"stock/{names[0]}", "boom")
+    assert [cell.name for _, cell in bench.cells_left(run, results, engine)] == [*names[1:], names[0]]
+    results.failed(f"stock/{names[0]}", "boom")
+    assert [cell.name for _, cell in bench.cells_left(run, results, engine)] == names[1:]
+
+
+def test_an_engine_that_does_not_start_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A script in the engine's place: stock fails at once, the hybrid answers every cell."""
+    (tmp_path / "serving.py").write_text(
+        "import json, sys\n"
+        "plan = json.loads(sys.argv[2])\n"
+        "if plan['kind'] == 'stock': raise ValueError('no such attention')\n"
+        "print('CELL {\"engine_s\": 1}', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    print('CELL ' + json.dumps({'result': {'cell_s': 0.1}}), flush=True)\n"
+    )
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    results = Results(tmp_path / "results.json", {}, "")
+    engines = [Engine("stock"), Engine("hybrid", 0.5, (90,))]
+    bench.measure(run_of(tmp_path, loads=["mixed"]), results, engines)
+    assert results.failures["stock"] == {
+        "error": f"a measuring process ended with code 1: ValueError: no such attention; see "
+        f"{tmp_path / 'stock.log'}",
+        "times": 2,
+    }
+    assert set(results.cells) == {"hybrid/90/0.5/mixed/c1", "hybrid/90/0.5/mixed/c2"}
+    assert "FAILED stock" in capsys.readouterr().out
+
+
+# Results.
 
 
 def test_results_go_on_only_where_they_were_begun(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    first = bench.Results(file, {"device": "a"}, "python bench.py")
+    first = Results(file, {"device": "a"}, "python bench.py")
     first.cells["stock/prefill"] = {"requests_per_s": 2.0}
     first.save()
-    again = bench.Results(file, {"device": "a"}, "python bench.py --kinds stock")
+    again = Results(file, {"device": "a"}, "python bench.py --kinds stock")
     assert again.cells == {"stock/prefill": {"requests_per_s": 2.0}}
     assert [entry["command"] for entry in json.loads(file.read_text())["commands"]] == [
         "python bench.py",
         "python bench.py --kinds stock",
     ]
     with pytest.raises(RuntimeError, match="was measured with device a, this is b"):
-        bench.Results(file, {"device": "b"}, "python bench.py")
+        Results(file, {"device": "b"}, "python bench.py")
+
+
+def test_other_code_of_the_plugin_is_measured_again_and_stock_is_not(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json", {}, "")
+    bench.set_older_aside(results, "first")
+    for key in ("stock/mixed/c1", "hybrid/90/0.5/mixed/c1", "off/mixed/c1"):
+        results.cells[key] = {"requests_per_s": 1.0}
+    results.failed("hybrid-R0-90", "boom")
+    bench.set_older_aside(results, "first")
+    assert len(results.cells) == 3 and results.failures
+    bench.set_older_aside(results, "second")
+    assert set(results.cells) == {"stock/mixed/c1"} and not results.failures
+    assert set(results.content["older"]["first"]) == {"hybrid/90/0.5/mixed/c1", "off/mixed/c1"}
+
+
+# Measuring processes.
 
 
 def test_a_measuring_process_is_ended_at_the_deadline(tmp_path: Path) -> None:
-    import time
-
-    code = "import time; print('CELL {\"n\": 1}', flush=True); time.sleep(60)"
-    began = time.time()
-    messages = list(bench.lines_of([sys.executable, "-c", code], tmp_path / "log", began + 2))
+    code = "import time; print('CELL {\"n\": 1}', flush=True); time.sleep(600)"
+    messages = list(lines_of([sys.executable, "-c", code], tmp_path / "log", time.time() + 2))
     assert messages == [{"n": 1}]
-    assert time.time() - began < 20
-    with pytest.raises(RuntimeError, match="ended with code 3"):
-        list(bench.lines_of([sys.executable, "-c", "exit(3)"], tmp_path / "log", time.time() + 60))
+    with pytest.raises(ProcessFailed, match="ended with code 3"):
+        list(lines_of([sys.executable, "-c", "exit(3)"], tmp_path / "log", time.time() + 60))
 
 
-# Kernels.
-
-
-@pytest.mark.parametrize("decodes", [False, True])
-def test_a_scene_has_every_virtual_key_once(decodes: bool) -> None:
-    heads = kernels.Heads(2, 1, 8)
-    scene = kernels.make_scene(3, 5, 24, 9, heads, decodes)
-    keys = planning.walk_pages(scene.facts, scene.block_table, scene.seq_lens, 24, kernels.BLOCK_SIZE)
-    for request in range(3):
-        first, end = (int(keys.member_ptr[keys.row_ptr[request + i]]) for i in (0, 1))
-        assert keys.member_pos[first:end].sort().values.tolist() == list(range(24 + 9 + decodes))
-    assert keys.row_page.unique().shape[0] == 3 * (5 + 9 + decodes)
-    results = kernels.reference_results(scene)
-    assert bool(torch.isfinite(results["attend"]).all())
-    if not decodes:
-        # Two heads give one unit of attention each, to all rows of their request.
-        assert results["mass"].sum().item() == pytest.approx(3 * 2, rel=1e-5)
-
-
-def test_floors_follow_the_shape() -> None:
-    heads = kernels.Heads(32, 32, 128)
-    decode = kernels.floors(1, 90, 576, 60, heads, True)["decode"]
-    rows, positions = 60 + 90 + 1, 60 + 576 + 1
-    assert decode.bytes == rows * 2 * 32 * 128 * 2 + 2 * 32 * 128 * 2 + 8 * positions
-    assert decode.flops == positions * 4 * 32 * 128
-    prefill = kernels.floors(2, 90, 576, 60, heads, False)["prefill"]
-    assert prefill.flops == 2 * (636 * 637 / 2) * 4 * 32 * 128
-
-
-def test_a_wrong_result_is_seen() -> None:
-    wanted = torch.ones(4)
-    assert kernels.error(torch.ones(4), wanted) == 0
-    assert kernels.error(torch.tensor([1, 1, 1, float("nan")]), wanted) == float("inf")
-    assert kernels.error(torch.tensor([1.0, 1, 1, 3]), wanted) == pytest.approx(1)
-
-
-def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(REPO / "benchmarks" / "gpu" / name), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+def test_all_that_a_measuring_process_started_ends_with_it(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time\n"
+        "started = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('CELL ' + str(started.pid), flush=True)\n"
+        "time.sleep(600)\n"
     )
+    child = Measuring([sys.executable, "-c", code], tmp_path / "log")
+    started: Any = child.next(time.time() + 60)
+    assert psutil.pid_exists(started)
+    child.end()
+    assert not psutil.pid_exists(child.process.pid)
+    assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
 
 
-def test_kernels_are_checked_and_timed_through_the_interpreter(tmp_path: Path) -> None:
-    done = run_script("kernels.py", "--tiny", "--out", str(tmp_path / "kernels.json"))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    content = json.loads((tmp_path / "kernels.json").read_text())
-    rows = content["kernels"]
-    assert content["complete"]
-    assert {row["kernel"] for row in rows} == {"walk", "queries", "prefill", "segments", "mass", "decode"}
-    assert all(row["seconds"] > 0 and row["floor_s"] > 0 for row in rows)
+def test_a_measuring_process_answers_what_it_is_asked(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from benchmarks.gpu.answering import Answers, questions\n"
+        "answers = Answers()\n"
+        "print('CELL not an answer: it goes to the log')\n"
+        "for asked in questions():\n"
+        "    answers.tell({'twice': 2 * asked['n']})\n"
+        "    if asked['n'] == 3: raise KeyError('three')\n"
+    )
+    child = Measuring([sys.executable, "-c", code, str(REPO)], tmp_path / "log")
+    try:
+        for n in (1, 3):
+            child.send({"n": n})
+            assert child.next(time.time() + 60) == {"twice": 2 * n}
+        with pytest.raises(ProcessFailed, match=r"ended with code 1: KeyError: 'three'; see .*log"):
+            child.next(time.time() + 60)
+        with pytest.raises(ProcessFailed):
+            for _ in range(100):
+                child.send({"n": 1})
+    finally:
+        child.end()
+    assert "not an answer" in (tmp_path / "log").read_text()
 
 
+def test_the_line_that_explains_a_failure(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "INFO starting\n"
+        "(EngineCore pid=7) ERROR 11-26 14:40:15 [core.py:1] ValueError: hybrid.thresholds has 3 entries\n"
+        "Traceback (most recent call last):\n"
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n"
+        "some last words\n"
+    )
+    assert last_error(log) == "ValueError: hybrid.thresholds has 3 entries"
+    log.write_text("RuntimeError: Engine core initialization failed. See above\n")
+    assert last_error(log).startswith("RuntimeError: Engine core initialization failed")
+    log.write_text("Killed\n\n")
+    assert last_error(log) == "Killed"
+    assert last_error(tmp_path / "absent") == "no log"
+
+
+# Loads.
+
+
+class PretendEngine:
+    """Answers a request after a while and knows how many were in flight."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.most = 0
+        self.began: list[float] = []
+
+    async def generate(self, request: Any, params: Any, name: str) -> AsyncIterator[Any]:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.began.append(time.perf_counter())
+        for _ in range(params.max_tokens):
+            await asyncio.sleep(0.002)
+            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1])])
+        self.now -= 1
+
+
+class PretendSupply:
+    def take(self, count: int) -> list[int]:
+        return list(range(count))
+
+
+def driver_of(engine: PretendEngine) -> Any:
+    from benchmarks.gpu.driving import Driver
+
+    supply: Any = PretendSupply()
+    return Driver(engine, supply)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 8])
+def test_so_many_requests_are_in_flight(concurrency: int) -> None:
+    engine = PretendEngine()
+    timed = asyncio.run(driver_of(engine).in_flight(8, concurrency, 3))
+    assert engine.most == concurrency
+    assert len(timed.first) == len(timed.last) == 8
+    assert all(first > 0 and last > 0 for first, last in zip(timed.first, timed.last, strict=True))
+    assert timed.seconds >= max(timed.last)
+
+
+def test_arrivals_do_not_wait_for_answers() -> None:
+    engine = PretendEngine()
+    timed = asyncio.run(driver_of(engine).arriving(20, 200.0, 30, seed=7))
+    draw, due, dues = random.Random(7), 0.0, []
+    for _ in range(20):
+        due += draw.expovariate(200.0)
+        dues.append(due)
+    assert engine.most > 1
+    # A request never begins before it is due, relative to the first.
+    for began, wanted in zip(engine.began, dues, strict=True):
+        assert began - engine.began[0] >= wanted - dues[0] - 0.05
+    assert len(timed.first) == 20
+
+
+def test_a_request_with_too_few_tokens_is_an_error() -> None:
+    class Short(PretendEngine):
+        async def generate(self, request: Any, params: Any, name: str) -> AsyncIterator[Any]:
+            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1])])
+
+    with pytest.raises(ExceptionGroup) as failed:
+        asyncio.run(driver_of(Short()).in_flight(2, 1, 3))
+    assert failed.group_contains(RuntimeError, match="1 tokens instead of 3")
+
+
+# Model and pictures.
+
+
+def test_the_tower_on_disk_is_the_seeded_one(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import LlavaConfig
+
+    folder = write_folder(tmp_path / "model", SIZES["tiny"])
+    found = load_file(tower_file(folder))
+    tower = seeded_tower(LlavaConfig.from_pretrained(str(folder)).vision_config)
+    wanted = {name: weight.to(torch.bfloat16) for name, weight in tower_weights(tower)}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+def test_prepared_requests_are_what_vllm_makes_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pixels as vLLM's own processing gives, under new names and with new texts every time."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.renderers import renderer_from_config
+    from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+    from benchmarks.gpu.serving import engine_options
+
+    folder = write_folder(tmp_path / "model", SIZES["tiny"])
+    plan = bench.plan_of(run_of(tmp_path, folder=folder), Engine("stock"), 1)
+    config = EngineArgs(**engine_options(folder, plan)).create_engine_config()
+    renderer = renderer_from_config(config)
+
+    def render(request: dict[str, Any]) -> dict[str, Any]:
+        parsed = parse_model_prompt(config.model_config, request)
+        return renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params)[0]
+
+    image_token = json.loads((folder / "config.json").read_text())["image_token_index"]
+    supply = prepared.Supply.of(render, folder, image_token, pictures=3, seed=5)
+    sent = supply.take(5)
+    for index, request in enumerate(sent):
+        raw = prepared.raw_prompt(image_token)
+        raw["multi_modal_data"] = {"image": picture(prepared.FIRST_SEED + index % 3)}
+        wanted = render(raw)
+        assert len(request["prompt_token_ids"]) == len(wanted["prompt_token_ids"]) == 60 + 576
+        assert request["mm_placeholders"] == wanted["mm_placeholders"]
+        (got,), (pixels,) = (r["mm_kwargs"]["image"] for r in (request, wanted))
+        assert torch.equal(got["pixel_values"].data, pixels["pixel_values"].data)
+        ids = request["prompt_token_ids"]
+        assert [i for i, token in enumerate(ids) if token == image_token] == list(range(5, 581))
+    assert len({request["mm_hashes"]["image"][0] for request in sent}) == 5
+    assert len({tuple(request["prompt_token_ids"]) for request in sent}) == 5
+
+
+def test_only_stock_on_triton_is_held_to_an_attention_backend(tmp_path: Path) -> None:
+    from benchmarks.gpu.serving import engine_options
+
+    run = run_of(tmp_path, cuda=True, eager=False)
+    for engine in (Engine("stock"), Engine("stock_triton"), Engine("off"), Engine("hybrid", 0.5, (90,))):
+        kind = engine.kind
+        options = engine_options(tmp_path, bench.plan_of(run, engine, 1))
+        served = options["hf_overrides"]
+        assert served["architectures"][0].startswith("LlavaForC") == kind.startswith("stock")
+        assert bool(served.get("hybrid")) == (kind == "hybrid")
+        held = {"attention_backend", "mm_encoder_attn_backend"} & options.keys()
+        assert bool(held) == (kind == "stock_triton")
+        # What a user gets: nothing of graphs, blocks or prefix caching is chosen here.
+        assert (
+            not {"block_size", "enable_prefix_caching", "compilation_config", "enforce_eager"}
+            & options.keys()
+        )
+
+
+# Tables.
+
+
+def cell_with(rate: float, preemptions: int = 0, **more: Any) -> dict[str, Any]:
+    timed = measuring.summary([measuring.Timed(2, 4 / rate, [0.1] * 4, [0.01] * 4)])
+    return timed | {"preemptions": preemptions, "pictures_encoded": 4, "cell_s": 1.0} | more
+
+
+def content_of(cells: dict[str, Any]) -> dict[str, Any]:
+    facts = {"device": {"name": "a device"}, "versions": {"vllm": "0"}}
+    return {**facts, "engines": {}, "failures": {}, "cells": cells}
+
+
+def test_the_sweep_is_a_ratio_by_requests_in_flight() -> None:
+    seen = {"images": 4, "mean": 91.0, "least": 90, "most": 92}
+    cells = {
+        "stock/mixed/c32": cell_with(10.0),
+        "stock/mixed/c256": cell_with(20.0, preemptions=3),
+        "hybrid/90/0.5/mixed/c32": cell_with(25.0, live_counts=seen),
+        "hybrid/90/0.5/mixed/c256": cell_with(70.0),
+    }
+    said = tables.report(content_of(cells), "check: agrees", short=True)
+    assert "hybrid, 90 live tokens (91.0 seen), R = 0.5" in said
+    assert "| mixed/c32 | 10.00 | 2.50x |" in said
+    assert "| mixed/c256 | 20.00* | 3.50x |" in said and "were preempted" in said
+    assert "cache" not in said
+    cells["hybrid/90/0.5/mixed/c32"]["pictures_encoded"] = 3
+    said = tables.report(content_of(cells), "check: agrees", short=False)
+    assert "pictures came from a cache in hybrid/90/0.5/mixed/c32" in said
+    assert "| mixed/c32 | 25.00 | 10.00 | 2.50 | 100.0 (100.0) | 100.0 (100.0) | 10.0 | 10.0 | 0, 0 |" in said
+
+
+def test_a_disagreement_stands_above_the_table(tmp_path: Path) -> None:
+    kernels, checking = tmp_path / "kernels.json", tmp_path / "checking.json"
+    good = {"agrees": {"bits": True, "attend": True}}
+    kernels.write_text(json.dumps({"cells": {"check: a": good, "time: a": {"kernels": []}}}))
+    assert tables.check_lines([kernels]) == "check: kernels agrees in all 1 cases"
+    wrong = {"agrees": {"bits": True, "tokens": False}}
+    checking.write_text(json.dumps({"cells": {"x": wrong, "y": good, "z": {"failed": "boom"}}}))
+    said = tables.check_lines([kernels, checking, tmp_path / "absent.json"])
+    assert "checking DISAGREES: tokens in x" in said and "FAILED: boom in z" in said
+    assert said.endswith("absent not checked")
+
+
+# Everything at toy size.
+
+
+@pytest.mark.timeout(LONG)
 def test_the_whole_benchmark_at_toy_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "tiny.json"
-    arguments = ["--tiny", "--no-check", "--out", str(out), "--repeats", "1", "--lives", "195"]
-    arguments += ["--kinds", "stock,hybrid", "--ratios", "0.5", "--loads", "mixed,capacity"]
-    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+    arguments = ["--tiny", "--out", str(out), "--repeats", "1", "--lives", "195", "--kinds", "stock,hybrid"]
+    arguments += ["--ratios", "0.5", "--loads", "mixed,capacity,arrivals", "--budget", str(LONG)]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert bench.main() == 0, capfd.readouterr().out[-2000:]
-    assert "| mixed | 195 (" in capfd.readouterr().out
+    assert bench.main(arguments) == 0, capfd.readouterr().out[-2000:]
+    said = capfd.readouterr().out
+    assert "| load, in flight | stock, requests/s | hybrid, 195 live tokens (" in said
+    assert "check: not checked" in said
     content = json.loads(out.read_text())
     cells = content["cells"]
-    assert set(cells) == {"stock/mixed", "stock/capacity", "hybrid/195/0.5/mixed", "hybrid/195/0.5/capacity"}
-    for key in ("stock/mixed", "hybrid/195/0.5/mixed"):
-        assert cells[key]["requests"] == bench.TINY.requests and cells[key]["requests_per_s"] > 0
-        assert cells[key]["first_token_s"] > 0 and cells[key]["per_token_s"] > 0
-    seen = cells["hybrid/195/0.5/mixed"]["live_counts"]
-    assert seen["images"] == bench.TINY.requests and 1 <= seen["mean"] < 576
-    ours, stock = cells["hybrid/195/0.5/capacity"], cells["stock/capacity"]
+    loads = ["mixed/c1", "mixed/c2", "arrivals/0.8x", "capacity/all"]
+    assert set(cells) == {f"{group}/{load}" for group in ("stock", "hybrid/195/0.5") for load in loads}
+    for key, cell in cells.items():
+        assert cell["prefix_hit_tokens"] == 0
+        if "capacity" not in key:
+            assert cell["pictures_encoded"] == cell["requests"] and cell["preemptions"] == 0, key
+            assert cell["requests_per_s"] > 0 and cell["first_token_s"] > 0 and cell["per_token_s"] > 0
+    # More requests than there are prepared pictures, and yet each was encoded.
+    assert sum(c["pictures_encoded"] for k, c in cells.items() if k.startswith("stock")) > TINY.pictures
+    seen = cells["hybrid/195/0.5/mixed/c2"]["live_counts"]
+    assert seen["images"] == TINY.requests["mixed"][2] and 1 <= seen["mean"] < 576
+    ours, stock = cells["hybrid/195/0.5/capacity/all"], cells["stock/capacity/all"]
     assert ours["kv_bytes_a_request"] < stock["kv_bytes_a_request"]
+    # The pool holds eight of stock's requests; the others are dropped as soon as one has to give way.
+    assert stock["running_at_once"] == 8 and stock["preemptions"] and not stock["limited_by_sent"]
+    assert ours["running_at_once"] > stock["running_at_once"]
+    facts = content["engines"]["hybrid-R0.5-195"]["facts"]
+    assert facts["decoder_attention"] == {"HYBRID": 3} and len(facts["block_sizes"]) == 2
     assert content["versions"]["vllm-hybrid"] != "absent"
     # What is measured already is not measured again.
-    assert bench.main() == 0
+    assert bench.main(arguments) == 0
     assert "measuring" not in capfd.readouterr().out
     assert json.loads(out.read_text())["cells"] == cells
 
@@ -499,29 +508,17 @@ def test_transformers_at_toy_size(tmp_path: Path) -> None:
     assert timed.seconds == pytest.approx(sum(timed.first) + sum(timed.last))
 
 
-def test_a_gpu_is_needed_for_anything_but_the_toy_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module, name in ((bench, "bench.py"), (kernels, "kernels.py")):
-        monkeypatch.setattr(sys, "argv", [name, "--out", str(tmp_path / "results.json")])
-        assert module.main() == 1
-        assert "there is no CUDA device; use a GPU host, or --tiny" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device: kernels compiled, not interpreted"
-)
-def test_kernels_on_a_gpu(tmp_path: Path) -> None:
-    """Results against the reference on every scene at the 7B shape; the times are of no interest here."""
-    done = run_script("kernels.py", "--repeats", "1", "--out", str(tmp_path / "kernels.json"))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert json.loads((tmp_path / "kernels.json").read_text())["complete"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the server's answers on it")
-def test_answers_on_a_gpu(tmp_path: Path) -> None:
-    import time
-
-    found = bench.check(tmp_path, tmp_path / "check.log", time.time() + 200)
-    assert found["agrees"], found
+def test_a_gpu_is_needed_for_anything_but_the_toy_size(tmp_path: Path) -> None:
+    for script, more in (("bench.py", []), ("first_run.py", ["--stage", "smoke"])):
+        command = [sys.executable, str(REPO / "benchmarks" / "gpu" / script)]
+        done = subprocess.run(
+            [*command, "--out", str(tmp_path / "out"), *more],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
+        assert done.returncode == 1
+        assert (
+            done.stdout.strip() == "there is no CUDA device; use a GPU host, or --tiny for a toy run on a CPU"
+        )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
-from benchmarks.gpu.model import seeded_tower, tower_weights
+from benchmarks.gpu.in_worker import InWorker as InWorker
+from benchmarks.gpu.model import tower_file
 
 LOAD_FORMAT = "dummy_with_tower"
+# Every worker process imports this file for the extension and so knows the loader.
 WORKER_EXTENSION = "benchmarks.gpu.loading.InWorker"
 
 
@@ -20,8 +24,4 @@ class TowerLoader(DummyModelLoader):
     def load_weights(self, model: Any, model_config: Any) -> None:
         """Fill a model before vLLM packs its weights for the device."""
         super().load_weights(model, model_config)
-        model.load_weights(tower_weights(seeded_tower(model_config.hf_config.vision_config)))
-
-
-class InWorker:
-    """An empty worker extension: every worker process imports this file for it and so knows the loader."""
+        model.load_weights(iter(load_file(tower_file(Path(model_config.model))).items()))

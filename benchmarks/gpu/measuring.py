@@ -1,4 +1,4 @@
-"""Times of one run of a load, and their medians."""
+"""Times of one run of a load, and what several runs come to."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ class Timed:
     last: list[float] = field(default_factory=list)
 
 
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that a share of all values do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
 def summary(runs: Sequence[Timed]) -> dict[str, Any]:
     """Medians over runs; of times per request, the median over the requests of a run first.
 
     Returns:
-        requests/s, seconds to first token (TTFT), seconds per later token (TPOT, None for one new token),
-        and every run's requests/s.
+        requests/s with the lowest and highest of all runs, seconds to first token (TTFT) with its 99th
+        percentile over all requests of all runs, and seconds per later token (TPOT, None for one new token).
 
     """
     rates = [len(run.first) / run.seconds for run in runs]
@@ -34,6 +40,7 @@ def summary(runs: Sequence[Timed]) -> dict[str, Any]:
         "new_tokens": runs[0].tokens,
         "requests_per_s": statistics.median(rates),
         "first_token_s": statistics.median(firsts),
+        "first_token_p99_s": percentile([t for run in runs for t in run.first], 0.99),
         "per_token_s": statistics.median(laters) if laters else None,
         "all_requests_per_s": rates,
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoImageProcessor,
     CLIPVisionConfig,
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from benchmarks.checkpoint import picture
+from benchmarks.gpu import thresholds
 from vllm_hybrid.calibrating import calibrate, live_counts
 from vllm_hybrid.demo_model import _write_processor
 from vllm_hybrid.demo_tokenizer import IMAGE_ID, write_tokenizer
@@ -44,6 +47,8 @@ class Size:
 
 SIZES = {
     "7b": Size(24, 1024, 4096, 16, 32, 4096, 11008, 32, 128),
+    # The 7B model's widths in as few layers as have merging, pruning and two decoder stacks.
+    "7b-short": Size(3, 1024, 4096, 16, 2, 4096, 11008, 32, 128),
     "tiny": Size(4, 64, 128, 2, 3, 128, 256, 2, 64),
 }
 
@@ -103,6 +108,27 @@ def tower_weights(tower: CLIPVisionModel) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"vision_tower.vision_model.{name.removeprefix('vision_model.')}", weight
 
 
+def tower_file(folder: Path) -> Path:
+    """The seeded tower's weights in bfloat16 under the names that LLaVA checkpoints have, written once.
+
+    Drawing them takes each engine seconds, reading them a fraction of one.
+
+    Args:
+        folder: of :func:`write_folder`.
+
+    Returns:
+        A safetensors file beside the folder, which itself stays without weights.
+
+    """
+    file = folder.with_name(folder.name + "-tower.safetensors")
+    if not file.exists():
+        tower = seeded_tower(LlavaConfig.from_pretrained(str(folder)).vision_config)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        save_file({name: w.to(torch.bfloat16) for name, w in tower_weights(tower)}, partial)
+        partial.replace(file)
+    return file
+
+
 def _pictures(folder: Path, count: int) -> list[Path]:
     """Calibration pictures; no load sends them."""
     folder.mkdir(exist_ok=True)
@@ -113,10 +139,30 @@ def _pictures(folder: Path, count: int) -> list[Path]:
     return files
 
 
+def calibrated(tower: CLIPVisionModel, folder: Path, live: int, pictures: int) -> dict[str, Any]:
+    """Thresholds that leave an average of live tokens, and the counts they leave of each picture.
+
+    Args:
+        tower: of :func:`seeded_tower`, on the device and in the dtype to calibrate in.
+        folder: of :func:`write_folder`.
+        live: wanted average.
+        pictures: pictures to calibrate on.
+
+    """
+    processor = AutoImageProcessor.from_pretrained(str(folder))
+    files = _pictures(folder / "pictures", pictures)
+    found = calibrate(tower, processor, files, live, batch_size=pictures)
+    counts = live_counts(tower, processor, files, found, batch_size=pictures)
+    return {"thresholds": found, "counts": counts}
+
+
 def find_thresholds(
     folder: Path, lives: Iterable[int], pictures: int = CALIBRATION_PICTURES
 ) -> dict[str, dict[str, Any]]:
     """Thresholds for averages of live tokens, found once and kept in the folder.
+
+    Those in `thresholds.json` beside this file are taken where they were found for this very tower; where
+    its weights are others, a sentence says so and they are calibrated here.
 
     Args:
         folder: of :func:`write_folder`.
@@ -125,24 +171,39 @@ def find_thresholds(
 
     Returns:
         By wanted average: ``thresholds``, and ``counts``, what they leave of the calibration pictures in the
-        tower they were found on (bf16 on a GPU, float32 on a CPU).
+        tower they were found on (float32 on a CPU for those of the file; calibrated here bf16 on a GPU).
 
     """
     file = folder / "thresholds.json"
     known: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     wanted = [live for live in lives if str(live) not in known and live < 576]
     if wanted:
-        cuda = torch.cuda.is_available()
         vision = LlavaConfig.from_pretrained(str(folder)).vision_config
-        tower = seeded_tower(vision).to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
-        processor = AutoImageProcessor.from_pretrained(str(folder))
-        files = _pictures(folder / "pictures", pictures)
+        tower = seeded_tower(vision)
+        known |= carried_thresholds(tower, vision, wanted, pictures)
+        cuda = torch.cuda.is_available()
         for live in wanted:
-            found = calibrate(tower, processor, files, live, batch_size=pictures)
-            counts = live_counts(tower, processor, files, found, batch_size=pictures)
-            known[str(live)] = {"thresholds": found, "counts": counts}
+            if str(live) not in known:
+                tower = tower.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
+                known[str(live)] = calibrated(tower, folder, live, pictures)
         file.write_text(json.dumps(known))
     return known
+
+
+def carried_thresholds(
+    tower: CLIPVisionModel, vision_config: Any, lives: Iterable[int], pictures: int
+) -> dict[str, dict[str, Any]]:
+    """What `thresholds.json` has for this tower, by wanted average; nothing where it was made for another."""
+    content = thresholds.known_for(vision_config, pictures)
+    if content is None:
+        return {}
+    if not thresholds.same_tower(content["fingerprint"], thresholds.fingerprint(tower)):
+        print(
+            f"the thresholds in {thresholds.FILE.name} are for a tower with other random weights (they were "
+            f"drawn by torch {content['versions']['torch']}, this is {torch.__version__}); calibrating here"
+        )
+        return {}
+    return {str(live): content["found"][str(live)] for live in lives if str(live) in content["found"]}
 
 
 def random_model(folder: Path, device: str) -> LlavaForConditionalGeneration:

@@ -15,9 +15,9 @@ import torch  # noqa: E402
 from transformers import AutoImageProcessor  # noqa: E402
 
 from benchmarks.engine import requests as some_requests  # noqa: E402
+from benchmarks.gpu.answering import Answers, questions  # noqa: E402
 from benchmarks.gpu.measuring import Timed, summary  # noqa: E402
 from benchmarks.gpu.model import random_model  # noqa: E402
-from benchmarks.gpu.serving import tell  # noqa: E402
 
 
 def inputs_of(request: dict[str, Any], image_token: int, processor: Any, device: str) -> dict[str, Any]:
@@ -75,21 +75,19 @@ def run(model: Any, inputs: list[dict[str, Any]], tokens: int) -> Timed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("plan", help="JSON made by bench.py")
+    parser.add_argument("plan", help="JSON made by bench.py; cells come by standard input")
     args = parser.parse_args()
+    answers = Answers()
     plan = json.loads(args.plan)
     device = "cuda" if plan["cuda"] else "cpu"
     began = time.perf_counter()
     model = random_model(args.folder, device)
     processor = AutoImageProcessor.from_pretrained(str(args.folder))
     image_token = json.loads((args.folder / "config.json").read_text())["image_token_index"]
-    tell({"started_s": time.perf_counter() - began})
+    answers.tell({"engine_s": time.perf_counter() - began})
     seed = plan["seed"]
     with torch.inference_mode():
-        for cell in plan["cells"]:
-            if time.time() + cell["seconds"] > plan["deadline"]:
-                tell({"skipped": cell["key"]})
-                continue
+        for cell in questions():
             began = time.perf_counter()
             runs = []
             for repeat in range(plan["repeats"] + 1):
@@ -98,8 +96,8 @@ def main() -> None:
                 inputs = [inputs_of(request, image_token, processor, device) for request in asked]
                 runs.append(run(model, inputs, cell["tokens"]))
             # The first run warms up.
-            result = summary(runs[1:]) | {"cell_s": time.perf_counter() - began}
-            tell({"key": cell["key"], "result": result})
+            found = {"preemptions": 0, "cell_s": time.perf_counter() - began}
+            answers.tell({"result": summary(runs[1:]) | found})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""One vLLM engine, measured: started by bench.py in a process of its own, a line of JSON per finished cell.
+"""One vLLM engine, measured: started by bench.py in a process of its own, an answer for each cell.
 
-Requests are tokenised and their pictures resized before the clock starts, in stock and hybrid alike: what is
-timed is the engine. All requests of a load arrive together.
+The engine is vLLM's ``AsyncLLM``, what ``vllm serve`` runs behind its HTTP server: scheduler and model live
+in a process of their own, so that preparing requests and reading answers overlaps with steps as it does for
+a user. Requests are tokenised and their pictures preprocessed before the clock starts, in stock and hybrid
+alike: what is timed is the engine.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import importlib.util
 import json
 import os
 import statistics
@@ -17,15 +21,31 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.engine import REQUESTS as REQUESTS_A_SEED  # noqa: E402
-from benchmarks.engine import requests as some_requests  # noqa: E402
+from benchmarks.gpu.answering import Answers, questions  # noqa: E402
+from benchmarks.gpu.cells import REPEAT_WITHIN_S  # noqa: E402
 from benchmarks.gpu.measuring import Timed, summary  # noqa: E402
 
-GIB = 1 << 30
+ARRIVALS_SEED = 7
+WARM_UP_TOKENS = 3
+# Stock's second column: the attention family that the hybrid's kernels belong to.
+ON_TRITON = {"attention_backend": "TRITON_ATTN", "mm_encoder_attn_backend": "TORCH_SDPA"}
 
 
 def engine_options(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of vLLM's ``LLM``: the same for stock and hybrid but for the architecture and its section."""
+    """Arguments of vLLM's engine: what a user gets who sets nothing but the sizes of the run.
+
+    Args:
+        folder: of ``model.write_folder``.
+        plan: ``kind`` (``stock``, ``stock_triton``, ``off`` or ``hybrid``), ``cuda``, ``eager``,
+            ``overrides`` (``--hf-overrides``), ``max_model_len``, ``step_tokens``, ``max_num_seqs`` and
+            ``pool_bytes``; where they are given, ``graph_sizes`` to capture and ``memory_share``, the share
+            of the device that has to be free.
+
+    Returns:
+        The arguments. Attention backends, block sizes, graphs and prefix caching are vLLM's and the plugin's
+        own choice, but for ``stock_triton``.
+
+    """
     from benchmarks.gpu.loading import LOAD_FORMAT, WORKER_EXTENSION
 
     options: dict[str, Any] = {
@@ -37,7 +57,6 @@ def engine_options(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         "max_num_batched_tokens": plan["step_tokens"],
         "max_num_seqs": plan["max_num_seqs"],
         "kv_cache_memory_bytes": plan["pool_bytes"],
-        "enable_prefix_caching": False,
         "limit_mm_per_prompt": {"image": 1},
         "mm_processor_cache_gb": 0,
         "disable_log_stats": False,
@@ -45,173 +64,168 @@ def engine_options(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     }
     if plan["eager"]:
         options["enforce_eager"] = True
-    else:
+    elif plan.get("graph_sizes"):
         options["compilation_config"] = {"cudagraph_capture_sizes": plan["graph_sizes"]}
-    if plan["cuda"]:
-        # The bundle leaves FlashAttention out; the hybrid attends in Triton too.
-        options |= {"attention_backend": "TRITON_ATTN", "mm_encoder_attn_backend": "TORCH_SDPA"}
-        options["block_size"] = 16
-    elif plan["kind"] == "hybrid":
-        options["block_size"] = 16
+    if plan.get("memory_share"):
+        options["gpu_memory_utilization"] = plan["memory_share"]
+    if plan["kind"] == "stock_triton" and plan["cuda"]:
+        options |= ON_TRITON
     return options
 
 
+def set_environment() -> None:
+    """What every process with an engine needs before vLLM is imported."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    if importlib.util.find_spec("flashinfer") is None:
+        # vLLM's sampler imports it unless told not to; greedy sampling does not use it.
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
+
 class Bench:
-    """An engine and a supply of requests whose pictures never repeat."""
+    """An engine, its counters, and a supply of requests whose pictures never repeat.
 
-    def __init__(self, llm: Any, image_token: int, first_seed: int) -> None:
-        self.llm = llm
-        self.engine = llm.llm_engine
-        self.image_token = image_token
-        self.seed = first_seed
-        self.number = 0
+    Args:
+        engine: vLLM's ``AsyncLLM``.
+        counted: the engine's stat logger.
+        driver: sends requests.
+        plan: as bench.py made it.
 
-    def prepare(self, count: int) -> list[Any]:
-        """Rendered requests: TEXT_TOKENS text tokens and a picture each."""
-        prompts: list[Any] = []
-        while len(prompts) < count:
-            self.seed += 1
-            prompts += some_requests(self.seed, True, self.image_token)[:REQUESTS_A_SEED]
-        return self.llm._preprocess_cmpl(prompts[:count])
+    """
 
-    def add(self, request: Any, tokens: int) -> None:
-        from vllm import SamplingParams
+    def __init__(self, engine: Any, counted: Any, driver: Any, plan: dict[str, Any]) -> None:
+        self.engine = engine
+        self.counted = counted
+        self.driver = driver
+        self.plan = plan
+        self._level: int | None = None
 
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        self.number += 1
-        self.engine.add_request(str(self.number), request, params)
+    async def call(self, method: str, *args: Any) -> Any:
+        """Call a method of ``in_worker.InWorker`` in the one worker."""
+        (answer,) = await self.engine.collective_rpc(method, args=args)
+        return answer
 
-    def together(self, count: int, tokens: int) -> Timed:
-        """Time ``count`` requests that arrive together."""
-        rendered = self.prepare(count)
-        return self._run([rendered], tokens)
+    async def measure(self, cell: dict[str, Any]) -> dict[str, Any]:
+        """Run one cell.
 
-    def alone(self, count: int, tokens: int) -> Timed:
-        """Time ``count`` requests, each sent when the one before is done."""
-        return self._run([[request] for request in self.prepare(count)], tokens)
-
-    def _run(self, waves: list[list[Any]], tokens: int) -> Timed:
-        timed = Timed(tokens)
-        began = time.perf_counter()
-        for wave in waves:
-            arrived = time.perf_counter()
-            for request in wave:
-                self.add(request, tokens)
-            first: dict[str, float] = {}
-            while self.engine.has_unfinished_requests():
-                outputs = self.engine.step()
-                clock = time.perf_counter()
-                for output in outputs:
-                    made = len(output.outputs[0].token_ids)
-                    if made and output.request_id not in first:
-                        first[output.request_id] = clock
-                        timed.first.append(clock - arrived)
-                    if output.finished:
-                        if made != tokens:
-                            raise RuntimeError(f"a request made {made} tokens instead of {tokens}")
-                        timed.last.append(clock - first[output.request_id])
-        timed.seconds = time.perf_counter() - began
-        if len(timed.last) != sum(map(len, waves)):
-            raise RuntimeError(f"{len(timed.last)} of {sum(map(len, waves))} requests finished")
-        return timed
-
-    def _gauges(self) -> dict[str, float]:
-        names = {
-            "vllm:num_requests_running": "running",
-            "vllm:kv_cache_usage_perc": "usage",
-            "vllm:num_preemptions": "preemptions",
-        }
-        return {names[m.name]: m.value for m in self.llm.get_metrics() if m.name in names}
-
-    def capacity(self, count: int, tokens: int, pool_bytes: int) -> dict[str, Any]:
-        """How many requests run at once in the pool before one has to go, and what each holds.
-
-        Args:
-            count: requests sent together, more than fit.
-            tokens: new tokens of each, enough for the first to be still there when the last comes.
-            pool_bytes: bytes of the pool.
+        Returns:
+            Rates and times of ``measuring.summary``, or what fitted into the pool; with them preemptions,
+            encoded pictures, live counts of the hybrid, and seconds the cell took.
 
         """
-        before = self._gauges().get("preemptions", 0)
-        for request in self.prepare(count):
-            self.add(request, tokens)
-        most, held = 0, 0.0
-        preempted = False
-        while self.engine.has_unfinished_requests():
-            self.engine.step()
-            gauges = self._gauges()
-            preempted = preempted or gauges.get("preemptions", 0) > before
-            if not preempted and gauges["running"] >= most:
-                most = int(gauges["running"])
-                held = gauges["usage"] * pool_bytes / max(most, 1)
+        began = time.perf_counter()
+        await self._set_level(cell["live"])
+        await self.call("bench_take")
+        self.counted.reset()
+        if cell["load"] == "capacity":
+            result = await self._capacity(cell)
+        else:
+            result = summary(await self._runs(cell))
+        result |= self.counted.found() | await self._pictures()
+        return result | {"cell_s": time.perf_counter() - began}
+
+    async def _set_level(self, live: int) -> None:
+        """Thresholds for a number of live tokens, and a warm-up where they are others than before."""
+        if live == self._level:
+            return
+        self._level = live
+        if self.plan["kind"] == "hybrid" and self.plan["merges"]:
+            await self.call("bench_set_thresholds", self.plan["thresholds"][str(live)])
+        for wave in self.plan["warm_up"]:
+            await self.driver.in_flight(wave, wave, WARM_UP_TOKENS)
+
+    async def _runs(self, cell: dict[str, Any]) -> list[Timed]:
+        """As many repeats as are wanted, fewer where they take long."""
+        runs: list[Timed] = []
+        while not runs or (
+            len(runs) < self.plan["repeats"] and sum(run.seconds for run in runs) < REPEAT_WITHIN_S
+        ):
+            if cell["rate"] is None:
+                run = self.driver.in_flight(cell["requests"], cell["concurrency"], cell["tokens"])
+            else:
+                run = self.driver.arriving(cell["requests"], cell["rate"], cell["tokens"], ARRIVALS_SEED)
+            runs.append(await run)
+            if cell["rate"] is not None:
+                break
+        return runs
+
+    async def _capacity(self, cell: dict[str, Any]) -> dict[str, Any]:
+        """How many requests run at once in the pool before one has to go, and what each holds."""
+        await self.driver.abandon_when(cell["requests"], cell["tokens"], lambda: self.counted.preemptions > 0)
+        most = max(self.counted.most_running, 1)
         return {
             "running_at_once": most,
-            "sent": count,
-            "limited_by_sent": most == count,
-            "kv_bytes_a_request": held,
-            "pool_bytes": pool_bytes,
+            "sent": cell["requests"],
+            "limited_by_sent": most == cell["requests"],
+            "kv_bytes_a_request": self.counted.held_share * self.plan["pool_bytes"] / most,
+            "pool_bytes": self.plan["pool_bytes"],
         }
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("plan", help="JSON: what to serve and to measure, made by bench.py")
-    args = parser.parse_args()
-    plan = json.loads(args.plan)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    # Functions for the worker travel pickled, between processes of this run.
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    from vllm import LLM
-
-    from benchmarks.gpu import in_worker
-
-    began = time.perf_counter()
-    llm = LLM(**engine_options(args.folder, plan))
-    reduces = plan["kind"] == "hybrid"
-    if reduces:
-        llm.apply_model(in_worker.watch_counts)
-    bench = Bench(
-        llm, json.loads((args.folder / "config.json").read_text())["image_token_index"], plan["seed"]
-    )
-    tell({"started_s": time.perf_counter() - began})
-    level = None
-    for cell in plan["cells"]:
-        if time.time() + cell["seconds"] > plan["deadline"]:
-            tell({"skipped": cell["key"]})
-            continue
-        if reduces and cell["live"] != level:
-            level = cell["live"]
-            llm.apply_model(in_worker.SetThresholds(plan["thresholds"][str(level)]))
-            bench.together(plan["warm_up"], 2)
-        elif level is None and not reduces:
-            level = 576
-            bench.together(plan["warm_up"], 2)
-        if reduces:
-            llm.apply_model(in_worker.take_counts)
-        began = time.perf_counter()
-        result: dict[str, Any]
-        if cell["load"] == "capacity":
-            result = bench.capacity(cell["requests"], cell["tokens"], plan["pool_bytes"])
-        else:
-            run = bench.alone if cell["load"] == "alone" else bench.together
-            result = summary([run(cell["requests"], cell["tokens"]) for _ in range(plan["repeats"])])
-        if reduces:
-            counts = llm.apply_model(in_worker.take_counts)[0]
-            result["live_counts"] = {
+    async def _pictures(self) -> dict[str, Any]:
+        """Encoded pictures, and the live tokens that the hybrid left of them."""
+        taken = await self.call("bench_take")
+        found: dict[str, Any] = {"pictures_encoded": taken["pictures"]}
+        if counts := taken["counts"]:
+            found["live_counts"] = {
                 "images": len(counts),
                 "mean": statistics.fmean(counts),
                 "least": min(counts),
                 "most": max(counts),
             }
-        result["cell_s"] = time.perf_counter() - began
-        tell({"key": cell["key"], "result": result})
+        return found
 
 
-def tell(message: dict[str, Any]) -> None:
-    """One line for bench.py."""
-    print("CELL " + json.dumps(message), flush=True)
+async def start(folder: Path, plan: dict[str, Any]) -> Bench:
+    """Start the engine of a plan."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.renderers.inputs.preprocess import parse_model_prompt
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from benchmarks.gpu.counting import Counted
+    from benchmarks.gpu.driving import Driver
+    from benchmarks.gpu.prepared import Supply
+
+    made: list[Counted] = []
+
+    def counting(vllm_config: Any, engine_index: int = 0) -> Counted:
+        made.append(Counted(vllm_config, engine_index))
+        return made[-1]
+
+    engine = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(**engine_options(folder, plan)), stat_loggers=[counting]
+    )
+
+    def render(request: dict[str, Any]) -> dict[str, Any]:
+        parsed = parse_model_prompt(engine.model_config, request)
+        (rendered,) = engine.renderer.render_cmpl([parsed], engine.renderer.default_cmpl_tok_params)
+        return rendered
+
+    image_token = json.loads((folder / "config.json").read_text())["image_token_index"]
+    supply = Supply.of(render, folder, image_token, pictures=plan["pictures"], seed=plan["seed"])
+    bench = Bench(engine, made[0], Driver(engine, supply), plan)
+    await bench.call("bench_watch")
+    return bench
+
+
+async def serve(folder: Path, plan: dict[str, Any], answers: Answers) -> None:
+    """Start the engine, then answer every cell that is asked for."""
+    began = time.perf_counter()
+    bench = await start(folder, plan)
+    facts = await bench.call("bench_facts")
+    answers.tell({"engine_s": time.perf_counter() - began, "facts": facts})
+    for cell in questions():
+        answers.tell({"result": await bench.measure(cell)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("plan", help="JSON: what to serve, made by bench.py; cells come by standard input")
+    args = parser.parse_args()
+    answers = Answers()
+    set_environment()
+    asyncio.run(serve(args.folder, json.loads(args.plan), answers))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""Results of a run: one JSON file, on disk after every entry, that a later run goes on with."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+
+class Results:
+    """Everything measured so far.
+
+    Args:
+        file: where it is kept; what it holds is not measured again.
+        facts: what has to be the same for a run to go on: device, versions, scale.
+        command: the command line, noted with the date.
+
+    Raises:
+        RuntimeError: the file was made on another device or with other versions.
+
+    """
+
+    def __init__(self, file: Path, facts: dict[str, Any], command: str) -> None:
+        self.file = file
+        self.content: dict[str, Any] = {**facts, "commands": [], "engines": {}, "cells": {}, "failures": {}}
+        if file.exists():
+            old = json.loads(file.read_text())
+            for key, value in facts.items():
+                if old.get(key) != value:
+                    raise RuntimeError(
+                        f"{file} was measured with {key} {old.get(key)}, this is {value}; give another --out"
+                    )
+            self.content |= old
+        self.content["commands"].append({"command": command, "date": date.today().isoformat()})
+        self.save()
+
+    @property
+    def cells(self) -> dict[str, Any]:
+        """Results by cell."""
+        return self.content["cells"]
+
+    @property
+    def engines(self) -> dict[str, Any]:
+        """What every engine that started said of itself."""
+        return self.content["engines"]
+
+    @property
+    def failures(self) -> dict[str, Any]:
+        """By cell or engine: the last error, and how often it failed."""
+        return self.content["failures"]
+
+    def failed(self, key: str, error: str) -> None:
+        """Note that something failed; that it did before is counted."""
+        times = self.failures.get(key, {}).get("times", 0) + 1
+        self.failures[key] = {"error": error, "times": times}
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, so that it is whole whenever somebody reads it."""
+        partial = self.file.with_name(self.file.name + ".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.replace(self.file)
