@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,16 @@ def has_ptxas() -> bool:
     return any((Path(folder) / "backends" / "nvidia" / "bin" / "ptxas").exists() for folder in folders or ())
 
 
-pytestmark = pytest.mark.skipif(not has_ptxas(), reason="Triton and its NVIDIA backend are not installed")
+pytestmark = [
+    pytest.mark.skipif(not has_ptxas(), reason="Triton and its NVIDIA backend are not installed"),
+    # Compiling takes minutes where others use the processors.
+    pytest.mark.timeout(1200),
+]
 REPO = Path(__file__).parents[1]
 
 # Most registers per thread. They leave room for two blocks of prefill and three of decode on a multiprocessor
-# whichever of Triton 3.6 and 3.9 compiles. One block walks one request: there, nothing else wants the room.
+# whichever of Triton 3.6.0, 3.7.1 and 3.9.0 compiles. One block walks one request: there, nothing else wants
+# the room.
 MOST_REGISTERS = {
     "combine": 40,
     "decode": 160,
@@ -53,7 +60,6 @@ def builds() -> list[Build]:
         cwd=REPO,
         env=clean,
         check=False,
-        timeout=220,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [Build(**row) for row in json.loads(done.stdout)]
@@ -101,5 +107,11 @@ def test_pages_are_read_16_bytes_at_a_time(builds: list[Build]) -> None:
 
 def test_the_page_about_kernels_has_a_row_for_each(builds: list[Build]) -> None:
     text = (REPO / "docs" / "kernels.md").read_text()
-    for one in builds:
-        assert f"| {one.kernel} | " in text
+    on_page = re.search(r"^Triton ([\d.]+), .*:\n\n((?:\|.*\n)+)", text, re.M)
+    assert on_page
+    compiled = table(builds)
+    if version("triton") == on_page[1]:
+        assert on_page[2].strip() == compiled
+    # Another Triton needs other registers, but has the same kernels, heads, architectures and warps.
+    rows = [[line.split(" | ")[:4] for line in lines.splitlines()] for lines in (on_page[2], compiled)]
+    assert rows[0] == rows[1]

@@ -1,23 +1,17 @@
-"""A written cost model of one H100 serving LLaVA-1.5-7B: what stock vLLM and vllm-hybrid should take.
-
-    python -m benchmarks.gpu.cost_model [--all] [--json FILE] [--set NAME=NUMBER]
+"""A written cost model of one H100 serving LLaVA-1.5-7B: operations, bytes and seconds of single steps.
 
 Nothing here is measured. Operations and bytes are counted exactly where the configuration decides them (tests
 hold the counts to torch's own and the KV blocks to the scheduler's); how much of the machine's peak a part
-reaches, and what the host costs, are assumptions, all of them in :class:`Gpu`.
+reaches, and what the host costs, are assumptions, all of them in :class:`Gpu`. What loads of requests then
+take is in predictions.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-import statistics
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -28,13 +22,6 @@ BLOCK_SIZE = 16
 TEXT_TOKENS = 60
 # <image> is one prompt token, which becomes one position per patch; 5 text tokens stand before it.
 TEXT_BEFORE = 5
-REQUESTS = 64
-STEP_TOKENS = 16384
-# KV memory that bench.py gives both.
-POOL_BYTES = 24 << 30
-LOADS = {"prefill": 1, "mixed": 32, "decode": 256}
-LIVE_TOKENS = (90, 195, 394)
-RATIOS = (0.0, 0.5, 0.75)
 FASTV_LAYER = 2
 
 
@@ -46,9 +33,20 @@ class Gpu:
         flops: peak dense bf16 operations per second (data sheet, H100 SXM).
         bandwidth: peak bytes per second of device memory (data sheet).
         gemm_share: assumed share of the peak that matrix products of a prefill reach.
-        attention_share: assumed share of the peak that Triton prefill attention reaches, in stock and hybrid.
-        tower_attention_share: assumed share that the tower's attention (577 tokens, head size 64) reaches.
+        flash_share: assumed share of the peak that FlashAttention 3 reaches in a prefill of stock.
+        attention_share: assumed share that Triton prefill attention reaches, in the hybrid and in stock on
+            Triton.
+        flash_tower_share: assumed share that FlashAttention 3 reaches in stock's tower (577 tokens, head
+            size 64).
+        tower_attention_share: assumed share that torch's attention reaches in the tower of the hybrid (it
+            takes a bias) and of stock on Triton.
         bandwidth_share: assumed share of the bandwidth that weights and KV are read with.
+        stock_layer_passes: assumed times that a decoder layer reads or writes its rows, in units of the
+            width, between its products: norms, rotation, KV writes, activation; counted as if unfused.
+        hybrid_layer_passes: the same of the hybrid, which joins K and V before it writes them. On top come
+            the copies of virtual queries, counted.
+        tower_layer_passes: the same of a tower layer without merging.
+        merge_passes: the same, further, of a layer that merges: padding, the metric, features in float32.
         cache_bandwidth: assumed bytes per second that multiprocessors get from the L2 cache.
         launch: assumed seconds the host takes to launch one kernel outside of a CUDA graph.
         stock_layer_launches: assumed launches per decoder layer of a prefill step, stock.
@@ -64,9 +62,15 @@ class Gpu:
     flops: float = 989e12
     bandwidth: float = 3.35e12
     gemm_share: float = 0.65
+    flash_share: float = 0.60
     attention_share: float = 0.30
+    flash_tower_share: float = 0.45
     tower_attention_share: float = 0.30
     bandwidth_share: float = 0.80
+    stock_layer_passes: int = 24
+    hybrid_layer_passes: int = 32
+    tower_layer_passes: int = 20
+    merge_passes: int = 25
     cache_bandwidth: float = 5.5e12
     launch: float = 5e-6
     stock_layer_launches: int = 9
@@ -135,6 +139,26 @@ class Reduction:
         return self.layer if self.ratio else shape.layers
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A server: what it reduces, and whether FlashAttention 3 attends in decoder and tower.
+
+    Stock has FlashAttention where vLLM chooses itself, and not where Triton is asked for. The hybrid's
+    kernels are Triton's, and its tower's attention is torch's.
+    """
+
+    reduction: Reduction = field(default_factory=Reduction)
+    flash: bool = False
+
+    def __post_init__(self) -> None:
+        if self.flash and self.reduction.active:
+            raise ValueError("an engine that reduces does not attend with FlashAttention; leave flash out")
+
+
+STOCK = Engine(flash=True)
+STOCK_TRITON = Engine()
+
+
 # Operations. A multiplication with its addition counts as two.
 
 
@@ -199,6 +223,7 @@ def causal_pairs(queries: float, keys: float) -> float:
 # it sees for one tile of queries; the hybrid reads a float32 row of angles beside each key it turns. What the
 # caches of the multiprocessors hold already is not taken off.
 
+FLASH_QUERY_TILE = 128  # FlashAttention 3, head size 128
 STOCK_QUERY_TILE = 16  # vLLM's Triton attention, one query head per key head
 HYBRID_QUERY_TILE = 64
 ANGLE_BYTES = 4
@@ -299,22 +324,37 @@ def kept_patches(shape: Shape, reduction: Reduction) -> float:
     return shape.patches * reduction.kept_of(shape) / reduction.live_of(shape)
 
 
-def encode_time(shape: Shape, reduction: Reduction, images: int, gpu: Gpu) -> float:
+def encode_time(shape: Shape, engine: Engine, images: int, gpu: Gpu) -> float:
     """Seconds to encode images in one batch."""
     if images == 0:
         return 0.0
+    reduction = engine.reduction
+    attention_share = gpu.flash_tower_share if engine.flash else gpu.tower_attention_share
     gemm = tower_linear_flops(shape, reduction) + matching_flops(shape, reduction)
     gemm += projector_flops(shape, reduction.live_of(shape))
     device = images * gemm / (gpu.flops * gpu.gemm_share)
-    device += images * tower_attention_flops(shape, reduction) / (gpu.flops * gpu.tower_attention_share)
+    device += images * tower_attention_flops(shape, reduction) / (gpu.flops * attention_share)
     merges = reduction.live is not None
+    passes = gpu.tower_layer_passes + (gpu.merge_passes if merges else 0)
+    tokens = sum(attended for attended, _ in tower_tokens(shape, reduction))
+    moved = images * tokens * passes * shape.vision_width * shape.number_bytes
+    device += moved / (gpu.bandwidth * gpu.bandwidth_share)
     launches = gpu.tower_layer_launches + (gpu.merge_launches if merges else 0)
     waits = gpu.round_trip * shape.vision_layers if merges else 0.0
     return max(device, shape.vision_layers * launches * gpu.launch) + waits
 
 
-def decoder_time(shape: Shape, reduction: Reduction, work: Work, gpu: Gpu) -> float:
+def query_tile(engine: Engine) -> int:
+    """Queries that a block of prefill attention answers at once."""
+    if engine.flash:
+        return FLASH_QUERY_TILE
+    return HYBRID_QUERY_TILE if engine.reduction.active else STOCK_QUERY_TILE
+
+
+def decoder_time(shape: Shape, engine: Engine, work: Work, gpu: Gpu) -> float:
     """Seconds in the decoder's layers and head for one step."""
+    reduction = engine.reduction
+    attention_share = gpu.flash_share if engine.flash else gpu.attention_share
     lower = reduction.lower_layers(shape)
     text = work.prompt - shape.patches
     live, kept = reduction.live_of(shape), reduction.kept_of(shape)
@@ -322,6 +362,7 @@ def decoder_time(shape: Shape, reduction: Reduction, work: Work, gpu: Gpu) -> fl
         (lower, live, float(shape.patches)),
         (shape.layers - lower, kept, kept_patches(shape, reduction)),
     ]
+    text_stored = sum(work.decodes) - len(work.decodes) * shape.patches
     total = 0.0
     for layers, image_rows, image_positions in tiers:
         rows = work.prefills * (text + image_rows) + len(work.decodes)
@@ -333,205 +374,33 @@ def decoder_time(shape: Shape, reduction: Reduction, work: Work, gpu: Gpu) -> fl
         virtual = text + image_positions
         turned = image_positions if reduction.active else 0.0
         pairs = causal_pairs(virtual, virtual)
-        tile = HYBRID_QUERY_TILE if reduction.active else STOCK_QUERY_TILE
-        asked = asked_by_prefill(shape, virtual, turned / max(virtual, 1), tile)
+        asked = asked_by_prefill(shape, virtual, turned / max(virtual, 1), query_tile(engine))
         prefill = work.prefills * max(
-            attention_flops(shape, pairs) / (gpu.flops * gpu.attention_share), asked / gpu.cache_bandwidth
+            attention_flops(shape, pairs) / (gpu.flops * attention_share), asked / gpu.cache_bandwidth
         )
         # A decode reads every stored row once from memory, however many positions it stands at.
-        stored = sum(length - shape.patches + image_rows for length in work.decodes)
-        keys = sum(length - shape.patches + image_positions for length in work.decodes)
+        stored = text_stored + len(work.decodes) * image_rows
+        keys = text_stored + len(work.decodes) * image_positions
         read = max(
             stored * shape.token_kv_bytes / (gpu.bandwidth * gpu.bandwidth_share),
             asked_by_decode(shape, keys, turned * len(work.decodes)) / gpu.cache_bandwidth,
         )
-        total += layers * (linear + prefill + read)
+        # An active engine also writes and reads a copy of the row per virtual query of a prompt.
+        passes = gpu.hybrid_layer_passes if reduction.active else gpu.stock_layer_passes
+        copies = 2 * work.prefills * virtual if reduction.active else 0.0
+        moved = (rows * passes + copies) * shape.width * shape.number_bytes
+        total += layers * (linear + prefill + read + moved / (gpu.bandwidth * gpu.bandwidth_share))
     sampled = work.prefills + len(work.decodes)
     head = shape.width * shape.vocabulary * shape.number_bytes / (gpu.bandwidth * gpu.bandwidth_share)
     return total + max(head, head_flops(shape, sampled) / (gpu.flops * gpu.gemm_share))
 
 
-def step_time(shape: Shape, reduction: Reduction, work: Work, gpu: Gpu) -> float:
+def step_time(shape: Shape, engine: Engine, work: Work, gpu: Gpu) -> float:
     """Seconds of one step. A step of decodes alone is one CUDA graph and waits for no launch."""
-    device = decoder_time(shape, reduction, work, gpu)
+    active = engine.reduction.active
+    device = decoder_time(shape, engine, work, gpu)
     if work.prefills:
-        per_layer = gpu.hybrid_layer_launches if reduction.active else gpu.stock_layer_launches
+        per_layer = gpu.hybrid_layer_launches if active else gpu.stock_layer_launches
         device = max(device, shape.layers * per_layer * gpu.launch)
-        device += gpu.round_trip if reduction.active else 0.0
-    return encode_time(shape, reduction, work.prefills, gpu) + device + gpu.step
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What one load should show: requests/s, and median seconds to first and per later token."""
-
-    requests_per_s: float
-    first_token_s: float
-    per_token_s: float | None
-    kv_bytes: int  # of the pool, once two tokens are made and the holes are given back
-
-
-def serve(
-    shape: Shape,
-    reduction: Reduction,
-    new_tokens: int,
-    gpu: Gpu,
-    requests: int = REQUESTS,
-    step_tokens: int = STEP_TOKENS,
-) -> Prediction:
-    """Requests that arrive together, in vLLM's order: running ones first, then whole prompts that fit."""
-    prompt = TEXT_TOKENS + shape.patches
-    waiting, clock = requests, 0.0
-    running: list[tuple[int, float]] = []  # tokens made, time of the first
-    firsts, later = [], []
-    while waiting or running:
-        room = step_tokens - len(running)
-        prefills = min(waiting, room // prompt)
-        work = Work(prefills, prompt, [prompt + made for made, _ in running])
-        clock += step_time(shape, reduction, work, gpu)
-        waiting -= prefills
-        running = [(made + 1, first) for made, first in running] + [(1, clock)] * prefills
-        firsts += [clock] * prefills
-        for made, first in running:
-            if made == new_tokens and made > 1:
-                later.append((clock - first) / (made - 1))
-        running = [(made, first) for made, first in running if made < new_tokens]
-    return Prediction(
-        requests_per_s=requests / clock,
-        first_token_s=statistics.median(firsts),
-        per_token_s=statistics.median(later) if later else None,
-        kv_bytes=request_kv_bytes(shape, reduction, prompt + 2),
-    )
-
-
-def predict(
-    shape: Shape,
-    gpu: Gpu,
-    lives: Iterable[int] = LIVE_TOKENS,
-    ratios: Iterable[float] = RATIOS,
-    requests: int = REQUESTS,
-) -> list[dict[str, Any]]:
-    """One row per load and reduction, stock beside it."""
-    cells = []
-    ratios = list(ratios)
-    for load, tokens in LOADS.items():
-        stock = serve(shape, Reduction(), tokens, gpu, requests)
-        for live in lives:
-            for ratio in ratios:
-                ours = serve(shape, Reduction(live, ratio), tokens, gpu, requests)
-                cells.append(
-                    {
-                        "load": load,
-                        "live": live,
-                        "ratio": ratio,
-                        "stock": asdict(stock),
-                        "hybrid": asdict(ours),
-                        "speedup": ours.requests_per_s / stock.requests_per_s,
-                        "kv_less": stock.kv_bytes / ours.kv_bytes,
-                    }
-                )
-    return cells
-
-
-def table(cells: list[dict[str, Any]]) -> str:
-    """Markdown of :func:`predict`."""
-
-    def ms(value: float | None) -> str:
-        return "" if value is None else f"{value * 1e3:.1f}"
-
-    lines = [
-        "| load | live | R | requests/s | stock | ratio | TTFT, ms | stock | TPOT, ms | stock | "
-        f"KV a request, MB | stock | less | fit in {POOL_BYTES >> 30} GiB | stock |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for cell in cells:
-        ours, stock = cell["hybrid"], cell["stock"]
-        lines.append(
-            f"| {cell['load']} | {cell['live']} | {cell['ratio']:g} | {ours['requests_per_s']:.1f} | "
-            f"{stock['requests_per_s']:.1f} | {cell['speedup']:.2f} | {ms(ours['first_token_s'])} | "
-            f"{ms(stock['first_token_s'])} | {ms(ours['per_token_s'])} | {ms(stock['per_token_s'])} | "
-            f"{ours['kv_bytes'] / 1e6:.1f} | {stock['kv_bytes'] / 1e6:.1f} | {cell['kv_less']:.2f}x | "
-            f"{POOL_BYTES // ours['kv_bytes']} | {POOL_BYTES // stock['kv_bytes']} |"
-        )
-    return "\n".join(lines)
-
-
-def assumptions(gpu: Gpu) -> str:
-    """Markdown: every number of :class:`Gpu`, with what it stands for."""
-    said = dict(re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n\n)", Gpu.__doc__ or "", re.S | re.M))
-    lines = ["| name | value | |", "|---|--:|---|"]
-    for name, value in asdict(gpu).items():
-        lines.append(f"| {name} | {value:g} | {' '.join(said[name].split()).rstrip('.')} |")
-    return "\n".join(lines)
-
-
-# The reduction that the targets are stated for.
-TARGET = Reduction(90, 0.5)
-
-
-def sensitivity(shape: Shape, gpu: Gpu, requests: int = REQUESTS) -> str:
-    """Markdown: requests/s over stock's at the target reduction, each assumption halved and doubled."""
-
-    def ratios(assumed: Gpu) -> list[float]:
-        return [
-            serve(shape, TARGET, tokens, assumed, requests).requests_per_s
-            / serve(shape, Reduction(), tokens, assumed, requests).requests_per_s
-            for tokens in LOADS.values()
-        ]
-
-    lines = [f"| assumption | {' | '.join(f'{load}: half, twice' for load in LOADS)} |"]
-    lines.append("|---|" + "---|" * len(LOADS))
-    lines.append(f"| as above | {' | '.join(f'{ratio:.2f}' for ratio in ratios(gpu))} |")
-    for name, value in asdict(gpu).items():
-        if name in ("flops", "bandwidth"):
-            continue
-        # A share of a peak ends at 1.
-        twice = min(1.0, value * 2) if name.endswith("share") else value * 2
-        half, double = (
-            ratios(replace(gpu, **{name: type(value)(changed)})) for changed in (value / 2, twice)
-        )
-        lines.append(
-            f"| {name} | {' | '.join(f'{a:.2f}, {b:.2f}' for a, b in zip(half, double, strict=True))} |"
-        )
-    return "\n".join(lines)
-
-
-HEADING = "PREDICTION (cost model; not measured)"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="also write the cells here")
-    parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=NUMBER", help="another assumption"
-    )
-    parser.add_argument("--all", action="store_true", help="print the assumptions and what each decides, too")
-    args = parser.parse_args()
-    gpu = Gpu()
-    for item in args.set:
-        name, _, value = item.partition("=")
-        if name not in asdict(gpu):
-            parser.error(f"{name} is no assumption; use one of {', '.join(asdict(gpu))}")
-        kind = type(getattr(gpu, name))
-        gpu = replace(gpu, **{name: kind(value)})
-    cells = predict(Shape(), gpu, requests=args.requests)
-    print(f"{HEADING}: one H100, LLaVA-1.5-7B, bf16, {args.requests} requests at once\n")
-    print(table(cells))
-    if args.all:
-        print(f"\n{assumptions(gpu)}\n\n{sensitivity(Shape(), gpu, args.requests)}")
-    if args.json:
-        content = {
-            "heading": HEADING,
-            "gpu": asdict(gpu),
-            "shape": asdict(Shape()),
-            "requests": args.requests,
-            "cells": cells,
-        }
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        device += gpu.round_trip if active else 0.0
+    return encode_time(shape, engine, work.prefills, gpu) + device + gpu.step
