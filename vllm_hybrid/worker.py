@@ -36,7 +36,7 @@ class ForeignPages:
         """Which of the step's requests, in their order in the batch, lost a page."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        lost = self.host.any(dim=0)[: len(request_ids)].tolist()
+        lost = self.host.numpy().any(axis=0)[: len(request_ids)]
         return [name for name, flag in zip(request_ids, lost, strict=True) if flag]
 
 
