@@ -415,6 +415,8 @@ def test_a_request_that_lost_a_page_ends_with_an_error_and_alone(ahead: bool, af
     """Also when the very step that found it would have been its last."""
     bench = Bench(PRUNES, ahead)
     lost, other, text = bench.ask(QUESTION), bench.ask(TWO_IMAGES), bench.ask(Prompt().text(30))
+    # Another API server's, which nobody else tells anything.
+    bench.requests[lost].client_index = 1
     for _ in range(after):
         bench.step()
     bench.worker.lost = {lost}
@@ -423,6 +425,23 @@ def test_a_request_that_lost_a_page_ends_with_an_error_and_alone(ahead: bool, af
     assert bench.reasons[lost] is FinishReason.ERROR
     assert len(bench.requests[lost].output_token_ids) <= answered + ahead
     assert bench.reasons[other] is bench.reasons[text] is FinishReason.LENGTH
+
+
+@both_schedulers
+def test_no_prompt_finds_a_lost_request_s_pages_in_the_prefix_cache(ahead: bool) -> None:
+    bench = Bench(PRUNES, ahead)
+    prompt = Prompt().text(700)
+    lost, twin = bench.ask(prompt), bench.ask(Prompt().text(650, first=5000))
+    for _ in range(3):
+        bench.step()
+    bench.worker.lost = {lost}
+    while lost not in bench.reasons:
+        bench.step()
+    again, shared = bench.ask(prompt), bench.ask(Prompt().text(650, first=5000))
+    found = {new.req_id: new.num_computed_tokens for new in bench.step().scheduled_new_reqs}
+    assert found[again] == 0 < found[shared]
+    bench.finish()
+    assert bench.reasons[again] is bench.reasons[twin] is bench.reasons[shared] is FinishReason.LENGTH
 
 
 def test_a_known_count_frees_nothing_that_a_step_under_way_fills() -> None:

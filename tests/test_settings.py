@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engines import STOCK, checkpoint
-from vllm_hybrid.settings import DEFAULT_BLOCK_SIZE, FLASHINFER_SAMPLER, sample_without_flashinfer
+from vllm_hybrid.settings import (
+    DEFAULT_BLOCK_SIZE,
+    FLASHINFER_SAMPLER,
+    HybridSettings,
+    sample_without_flashinfer,
+)
 
 MERGES = {"thresholds": [0.9, 0.9, 0.9]}
 PRUNES = {"fastv_layer": 2, "fastv_ratio": 0.5}
@@ -103,18 +109,26 @@ def test_nothing_switched_on_leaves_vllms_settings_alone(hybrid: Any) -> None:
 @pytest.fixture
 def without_flashinfer(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.delenv(FLASHINFER_SAMPLER, raising=False)
+    # Set first, so that what a test leaves behind is undone.
+    monkeypatch.setenv(FLASHINFER_SAMPLER, "0")
+    monkeypatch.delenv(FLASHINFER_SAMPLER)
     return monkeypatch
 
 
 def test_a_start_without_flashinfer_samples_without_it(without_flashinfer: pytest.MonkeyPatch) -> None:
-    assert envs.VLLM_USE_FLASHINFER_SAMPLER
-    # Undone with the fixture, whatever the function sets.
-    without_flashinfer.setenv(FLASHINFER_SAMPLER, "0")
-    without_flashinfer.delenv(FLASHINFER_SAMPLER)
-    sample_without_flashinfer()
-    assert not envs.VLLM_USE_FLASHINFER_SAMPLER
-    sample_without_flashinfer()
+    for _ in range(2):
+        sample_without_flashinfer()
+        assert os.environ[FLASHINFER_SAMPLER] == "0"
+
+
+def test_every_start_on_cuda_looks_for_flashinfer(without_flashinfer: pytest.MonkeyPatch) -> None:
+    """Also with nothing switched on."""
+    hf_config = configure(None).model_config.hf_config
+    cuda = SimpleNamespace(is_cuda=lambda: True)
+    without_flashinfer.setattr("vllm_hybrid.settings.current_platform", cuda)
+    given: Any = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
+    HybridSettings.verify_and_update_config(given)
+    assert os.environ[FLASHINFER_SAMPLER] == "0"
 
 
 def test_asking_for_an_absent_flashinfer_is_refused(without_flashinfer: pytest.MonkeyPatch) -> None:
@@ -127,4 +141,4 @@ def test_flashinfer_where_it_is_installed_is_left_alone(monkeypatch: pytest.Monk
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.delenv(FLASHINFER_SAMPLER, raising=False)
     sample_without_flashinfer()
-    assert envs.VLLM_USE_FLASHINFER_SAMPLER
+    assert FLASHINFER_SAMPLER not in os.environ

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_hybrid.scheduler import FOREIGN_PAGES, LIVE_COUNTS
-from vllm_hybrid.worker import ForeignPages, ReportedOutput, StepReport
+from vllm_hybrid.worker import ForeignPages, ReportedOutput, StepReport, StepReports
 
 IDS = ["first", "second", "third"]
 
@@ -70,3 +71,47 @@ def test_the_shared_empty_output_stays_empty() -> None:
     report = StepReport({"image": 7}, ForeignPages(flags))
     assert getattr(report.attached(EMPTY_MODEL_RUNNER_OUTPUT), LIVE_COUNTS) == {"image": 7}
     assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, LIVE_COUNTS)
+
+
+class Base:
+    """A worker of vLLM's: its answers, in order, to the calls of a step."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        return self.answers.pop(0)
+
+    def sample_tokens(self, *args: Any) -> Any:
+        return self.answers.pop(0)
+
+
+class Worker(StepReports, Base):
+    """The mixin over it, with a model whose second request lost a page."""
+
+    def __init__(self, *answers: Any) -> None:
+        super().__init__(*answers)
+        flags = torch.tensor([[False, True, False]])
+        self.model_runner = SimpleNamespace(get_model=lambda: SimpleNamespace(foreign_pages=lambda: flags))
+
+
+def step(tokens: int = 3) -> Any:
+    return SimpleNamespace(scheduled_encoder_inputs={}, total_num_scheduled_tokens=tokens)
+
+
+def test_a_report_goes_with_the_sampled_tokens() -> None:
+    worker = Worker(None, Pending(output()), output())
+    assert worker.execute_model(step()) is None
+    assert getattr(worker.sample_tokens(None).get_output(), FOREIGN_PAGES) == ["second"]
+    # And with no other output.
+    assert not hasattr(worker.sample_tokens(None), FOREIGN_PAGES)
+
+
+def test_a_runner_that_answers_at_once_reports_at_once() -> None:
+    worker = Worker(output())
+    assert getattr(worker.execute_model(step()), FOREIGN_PAGES) == ["second"]
+
+
+def test_a_step_without_tokens_has_nobody_s_flags() -> None:
+    worker = Worker(EMPTY_MODEL_RUNNER_OUTPUT)
+    assert worker.execute_model(step(tokens=0)) is EMPTY_MODEL_RUNNER_OUTPUT

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
@@ -40,6 +41,23 @@ def test_merged_images_are_those_of_the_reference(checkpoint: Path, vision_model
         owners = live.owner[i].tolist()
         members = [[p for p, o in enumerate(owners) if o == n] for n in range(len(features))]
         assert members == [sorted(patches) for patches in expected.members[1:]]
+
+
+def test_attention_leaves_out_the_kernel_that_plans_for_every_shape(
+    vision_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's, which torch prefers on the newest GPUs; a process that allows it elsewhere keeps it there."""
+    attend, allowed = F.scaled_dot_product_attention, []
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    encode(vision_model, torch.randn(2, 3, 336, 336), [0.5, None, 0.5])
+    assert allowed == [False] * 3
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("layer", [-2, -1, 2, 0])

@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# All but cuDNN's, torch's first choice on the newest GPUs: it builds a plan for every new shape, and the
+# longest image of a batch is as long as no other after each merge.
+_SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,30 @@ def log_size_bias(tokens: PackedTokens) -> torch.Tensor | None:
 
     """
     return None if tokens.unmerged else pad(tokens.size, tokens).log()[:, None, None, :]
+
+
+def proportional_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: PackedTokens, scale: float
+) -> torch.Tensor:
+    """Attention inside every image over the padded view, keys weighed by their tokens' sizes.
+
+    Args:
+        query: [T, heads, head_size], packed like ``tokens.hidden``; keys and values alike.
+        key: see query.
+        value: see query.
+        tokens: the images' tokens; their sizes weigh the keys.
+        scale: factor on the logits.
+
+    Returns:
+        [T, heads, head_size].
+
+    """
+    bias = log_size_bias(tokens)
+    mask = None if bias is None else bias.to(query.dtype)
+    query, key, value = (pad(x, tokens).transpose(1, 2) for x in (query, key, value))
+    with sdpa_kernel(_SDPA_KERNELS):
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    return unpad(mixed.transpose(1, 2), tokens)
 
 
 def live_rows(tokens: PackedTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

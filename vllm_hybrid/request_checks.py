@@ -29,10 +29,10 @@ def check_request(params: Any) -> None:
     if not _state["active"] or not isinstance(params, SamplingParams):
         return
     for name in PROMPT_SCORES:
-        value = getattr(params, name)
-        if value is not None:
+        if (asked := getattr(params, name)) is not None:
+            value = _short(asked)
             raise VLLMValidationError(
-                f"{name}={_short(value)} is not supported with reduced image tokens, because dropped rows "
+                f"{name}={value} is not supported with reduced image tokens, because dropped rows "
                 "have no log-probabilities; leave it out",
                 parameter=name,
                 value=value,

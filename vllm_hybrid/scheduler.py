@@ -138,10 +138,14 @@ class HoleReclaim(_Scheduler):
     def _fail(self, request_ids: Sequence[str]) -> list[Request]:
         """End requests whose pages held another's data, before this step's tokens count as answers.
 
-        Their memory is wrong, so no token of theirs is right; the other requests of the step are untouched.
+        Their memory is wrong, so no token of theirs is right, and no later prompt may find their blocks in
+        the prefix cache. The other requests of the step are untouched.
         """
         if not request_ids:
             return []
+        for name in filter(self.requests.__contains__, request_ids):
+            blocks = self.kv_cache_manager.get_block_ids(name)
+            self.kv_cache_manager.evict_blocks({block for tier in blocks for block in tier})
         failed = self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
         self.totals["requests_with_foreign_pages"] += len(failed)
         for request in failed:

@@ -11,7 +11,6 @@ import importlib.util
 import os
 
 from transformers import PretrainedConfig
-from vllm import envs
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -87,14 +86,14 @@ def sample_without_flashinfer() -> None:
     """
     if importlib.util.find_spec("flashinfer") is not None:
         return
-    if not envs.is_set(FLASHINFER_SAMPLER):
-        logger.info("vllm-hybrid: flashinfer is not installed; vLLM's own kernels sample.")
-        os.environ[FLASHINFER_SAMPLER] = "0"
-    elif envs.VLLM_USE_FLASHINFER_SAMPLER:
+    # Not vLLM's view of the environment, which is frozen once an engine has run in this process.
+    asked = os.environ.setdefault(FLASHINFER_SAMPLER, "0")
+    if asked != "0":
         raise ValueError(
-            f"{FLASHINFER_SAMPLER}={os.environ[FLASHINFER_SAMPLER]} asks for flashinfer, which is not "
-            "installed; install flashinfer-python or unset the variable"
+            f"{FLASHINFER_SAMPLER}={asked} asks for flashinfer, which is not installed; install "
+            "flashinfer-python or unset the variable"
         )
+    logger.info("vllm-hybrid: flashinfer is not installed; vLLM's own kernels sample.")
 
 
 def _graph_mode(vllm_config: VllmConfig) -> str:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .merging import PackedTokens, join, live_rows, log_size_bias, match, pad, unpad
+from .merging import PackedTokens, join, live_rows, match, proportional_attention
 
 # Called as rule(layer, tokens, best): see run_tower.
 MergeRule = Callable[[int, PackedTokens, torch.Tensor], torch.Tensor | None]
@@ -130,12 +129,7 @@ def _attend(attention: Any, hidden: torch.Tensor, tokens: PackedTokens) -> tuple
     heads = attention.num_heads
     key = attention.k_proj(hidden)
     query, keys, value = (
-        pad(x, tokens).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for x in (attention.q_proj(hidden), key, attention.v_proj(hidden))
+        x.unflatten(-1, (heads, -1)) for x in (attention.q_proj(hidden), key, attention.v_proj(hidden))
     )
-    bias = log_size_bias(tokens)
-    mixed = F.scaled_dot_product_attention(
-        query, keys, value, attn_mask=None if bias is None else bias.to(query.dtype), scale=attention.scale
-    )
-    attended = attention.out_proj(unpad(mixed.transpose(1, 2).flatten(-2), tokens))
-    return attended, key.unflatten(-1, (heads, -1)).float().mean(dim=-2)
+    mixed = proportional_attention(query, keys, value, tokens, attention.scale)
+    return attention.out_proj(mixed.flatten(-2)), keys.float().mean(dim=-2)

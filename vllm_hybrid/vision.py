@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from vllm.model_executor.models.clip import CLIPEncoderLayer, CLIPVisionModel
 
 from . import cpu_attention
-from .merging import PackedTokens, live_rows, log_size_bias, merge, pad, unpad
+from .merging import PackedTokens, live_rows, merge, proportional_attention
 from .ranks import sum_over_ranks
 from .row_shapes import by_blocks
 
@@ -92,10 +91,7 @@ def _mix(parts: list[torch.Tensor], tokens: PackedTokens, scale: float) -> torch
         mixed = cpu_attention.proportional_attention(query, key, value, tokens.lengths, log_size, scale)
         if mixed is not None:
             return mixed
-    bias = log_size_bias(tokens)
-    query, key, value = (pad(x, tokens).transpose(1, 2) for x in parts)
-    mask = None if bias is None else bias.to(query.dtype)
-    return unpad(F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2), tokens)
+    return proportional_attention(query, key, value, tokens, scale)
 
 
 def _without_class_tokens(tokens: PackedTokens, patches: int) -> MergedImages:
