@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from benchmarks.gpu.results import Results
 
 REPO = Path(__file__).parents[1]
 LONG = 900
+SPEED = ("--loads", "mixed", "--commit", "c0ffee", "--eager")
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -112,6 +115,9 @@ def test_a_trace_is_summed_up_by_kernel() -> None:
     assert found["launches"] == 2 and found["graph_launches"] == 1
     assert [wait["name"] for wait in found["waits"]] == ["cudaEventSynchronize"]
     said = trace_table.table(found)
+    assert said.startswith("1 step, each 0.18 ms, of which busy 0.15 ms; in all busy 0.15 ms of 0.18 ms")
+    twice = trace_table.table(found | {"steps": 2})
+    assert twice.startswith("2 steps, each 0.09 ms, of which busy 0.07 ms; in all busy 0.15 ms of 0.18 ms")
     assert "1 x cudaEventSynchronize (0.05 ms)" in said and "| gemm | 1 | 0.100 | 66.7% |" in said
     on_cpu = trace_table.summarise(events[-1:])
     assert not on_cpu["device"] and "no device in this trace" in trace_table.table(on_cpu)
@@ -149,7 +155,89 @@ def test_results_are_a_few_files(tmp_path: Path) -> None:
             assert traces.getnames() == ["stock-decode.json.gz"]
 
 
+def test_results_carried_to_a_fresh_machine_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_run, "adopt_orphans", lambda: None)
+    monkeypatch.setattr(first_run, "end_descendants", lambda: None)
+    seen = []
+
+    def measures(stage: first_run.Stage) -> None:
+        results = stage.results("smoke")
+        seen.append(sorted(results.cells))
+        results.cells[f"cell {len(seen)}"] = {}
+        results.save()
+
+    monkeypatch.setitem(first_run.STAGES, "smoke", measures)
+    monkeypatch.setattr(first_run, "all_tables", lambda *_: "tables")
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    command = ["--tiny", "--stage", "smoke", "--out", str(out), "--copy", str(copy)]
+    assert first_run.main(command) == 0
+    # A fresh machine: nothing but the published files of the one before it.
+    shutil.rmtree(out / "work")
+    assert first_run.main(command) == 0
+    # Nothing but the copy.
+    shutil.rmtree(out)
+    assert first_run.main(command) == 0
+    assert seen == [[], ["cell 1"], ["cell 1", "cell 2"]]
+
+
+def test_what_the_work_folder_holds_is_newer_than_what_was_published(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    for folder, said in ((work, "newer"), (out, "older")):
+        folder.mkdir()
+        (folder / "speed.json").write_text(json.dumps({"said": said}))
+    (tmp_path / "decode.json.gz").write_bytes(gzip.compress(b"{}"))
+    with tarfile.open(out / "traces.tar", "w") as archive:
+        archive.add(tmp_path / "decode.json.gz", "decode.json.gz")
+    publishing.take_back(work, [out])
+    assert json.loads((work / "speed.json").read_text()) == {"said": "newer"}
+    assert (work / "traces" / "decode.json.gz").exists()
+
+
+def test_a_table_that_cannot_be_made_does_not_end_the_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(publishing, "EVERY_S", 0.01)
+    again = threading.Event()
+    asked = []
+
+    def tables() -> str:
+        asked.append(1)
+        if len(asked) == 1:
+            raise KeyError("no such cell")
+        again.set()
+        return "tables"
+
+    publisher = publishing.Publisher(tmp_path / "work", tmp_path / "out", None, tables)
+    publisher.keep_going()
+    assert again.wait(LONG)
+    publisher.stop()
+    assert "no such cell" in capfd.readouterr().err
+
+
 # Stages.
+
+# Ends by force while the results cannot be written, because something holds them or raises.
+FORCED = """
+import sys, threading
+from benchmarks.gpu import first_run
+first_run.FORCED_END_S = 1.0
+class Stuck:
+    def stop(self):
+        pass
+    def everything(self):
+        if sys.argv[1] == "raises":
+            raise OSError("no space left")
+        threading.Event().wait()
+first_run.end_by_force(Stuck(), lambda: print("THE TABLE"))
+"""
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+def test_the_end_by_force_ends(how: str) -> None:
+    done = run_python(FORCED, how)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the stage was ended by force" in done.stdout and "THE TABLE" not in done.stdout
+
 
 # Starts a process in a session of its own, whose parent then ends, and hangs.
 HANGS = """
@@ -209,11 +297,74 @@ def test_a_script_that_fails_is_named_and_ends_nothing(
     assert "no time left for late" in capsys.readouterr().out
 
 
+# Stands for kernels.py and checking.py: notes its options and has one case that agrees and one that does not.
+STUB = """
+import json, sys
+from pathlib import Path
+options = sys.argv[1:]
+out = Path(options[options.index("--out") + 1])
+with (out.parent / "asked").open("a") as file:
+    print(Path(sys.argv[0]).name, *options, file=file)
+print("what the script itself prints")
+cells = {"check: good": {"agrees": {"all": True}}, "check: bad": {"agrees": {"bits": False}}}
+if "--time-only" in options:
+    row = {"kernel": "walk", "decodes": True, "requests": 4, "live": 90, "seconds": 2e-5, "floor_s": 1e-5}
+    cells["time: a"] = {"kernels": [row]}
+device = {"name": "a device", "kind": "cuda", "driver": "580.1"}
+content = {"device": device, "versions": {"vllm": "0"}, "commit": options[options.index("--commit") + 1]}
+content |= {"commands": [{"command": "python stub.py"}], "cells": cells}
+out.write_text(json.dumps(content))
+"""
+
+
+def test_the_checks_of_correct_are_shown_as_far_as_they_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_run, "end_descendants", lambda: None)
+    monkeypatch.setattr(first_run, "HERE", tmp_path)
+    for script in ("kernels.py", "checking.py"):
+        (tmp_path / script).write_text(STUB)
+    work = tmp_path / "work"
+    work.mkdir()
+    command = ["--tiny", "--stage", "correct", "--out", str(tmp_path), "--commit", "c0ffee"]
+    args = first_run.arguments().parse_args(command)
+    publisher = publishing.Publisher(work, tmp_path, None, str)
+    first_run.correct(first_run.Stage(args, work, time.time() + 10 * LONG, publisher))
+    asked = [line.split() for line in (work / "asked").read_text().splitlines()]
+    assert [line[0] for line in asked] == ["kernels.py", "checking.py", "kernels.py"]
+    assert "--check-only" in asked[0] and "--time-only" in asked[2]
+    for line in asked:
+        assert {"--again", "--tiny", "c0ffee"} <= set(line)
+        # The script is to end before it is ended.
+        assert float(line[line.index("--minutes") + 1]) * 60 <= 10 * LONG - first_run.SCRIPT_END_S
+    short = first_run.all_tables(work, True, "correct")
+    assert "a device, driver 580.1; vllm 0; commit c0ffee" in short and "command: `python stub.py`" in short
+    assert "kernels: check: DISAGREES in bad" in short and "- checking, check: bad: DISAGREES: bits" in short
+    assert "| walk (decode step) | 4 | 90 | 20.0 | 10.00 | 2.0 |" in short and "good" not in short
+    # Everything is in the long tables, whether or not the scripts came to print it.
+    for log in work.glob("*.log"):
+        log.unlink()
+    whole = first_run.all_tables(work, True)
+    assert "| good | " in whole and "## checking" in whole and whole.count("commit c0ffee") == 2
+
+
+def test_the_tables_of_correct_fit_on_a_screen(tmp_path: Path) -> None:
+    cells = {f"check: {n}": {"failed": "boom", "tries": 2} for n in range(60)}
+    row = {"kernel": "walk", "decodes": False, "requests": 4, "live": 90, "seconds": 2e-5, "floor_s": 1e-5}
+    cells |= {f"time: {n}": {"kernels": [row]} for n in range(15)}  # type: ignore[dict-item]
+    content = {"device": {"name": "a device"}, "versions": {}, "cells": cells}
+    (tmp_path / "kernels.json").write_text(json.dumps(content))
+    lines = first_run.all_tables(tmp_path, True, "correct").splitlines()
+    assert len(lines) <= first_run.SCREEN and any("and 35 more in tables.md" in line for line in lines)
+    assert sum(line.startswith("| walk") for line in lines) == 15
+    assert "- kernels, check: 0: FAILED: boom (not tried again)" in lines
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Smoke and profile at toy size, one engine start each."""
+    """Smoke, speed and profile at toy size, one engine start each."""
     out = tmp_path_factory.mktemp("first") / "out"
-    for stage, kinds in (("smoke", "stock"), ("profile", "hybrid")):
+    for stage, kinds, *more in (("smoke", "stock"), ("speed", "stock", *SPEED), ("profile", "hybrid")):
         command = [
             sys.executable,
             str(REPO / "benchmarks" / "gpu" / "first_run.py"),
@@ -222,7 +373,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
             str(out),
         ]
         done = subprocess.run(
-            [*command, "--stage", stage, "--kinds", kinds, "--minutes", str(LONG / 60)],
+            [*command, "--stage", stage, "--kinds", kinds, "--minutes", str(LONG / 60), *more],
             capture_output=True,
             text=True,
             check=False,
@@ -245,11 +396,23 @@ def test_smoke_at_toy_size(ran: Path) -> None:
 
 
 @pytest.mark.timeout(2 * LONG)
+def test_speed_at_toy_size(ran: Path) -> None:
+    content = json.loads((ran / "speed.json").read_text())
+    assert content["failures"] == {} and content["commit"] == "c0ffee"
+    assert set(content["cells"]) == {"stock/mixed/c1", "stock/mixed/c2"}
+    assert all(cell["requests_per_s"] > 0 and cell["eager"] for cell in content["cells"].values())
+    said = (ran / "tables.md").read_text().split("## speed")[1]
+    assert "commit c0ffee" in said and "command: `python " in said and " (eager) |" in said
+    assert "check: kernels not checked; checking not checked" in said
+
+
+@pytest.mark.timeout(2 * LONG)
 def test_profile_at_toy_size(ran: Path) -> None:
     content = json.loads((ran / "profile.json").read_text())
     assert content["failures"] == {}
     assert set(content["cells"]) == {"hybrid/prefill", "hybrid/decode"}
     assert all(cell["busy_s"] > 0 and cell["top"] for cell in content["cells"].values())
+    assert "### hybrid/decode, eager\n\n2 steps, each " in (ran / "tables.md").read_text()
     with tarfile.open(ran / "traces.tar") as traces:
         assert set(traces.getnames()) == {"hybrid-prefill.json.gz", "hybrid-decode.json.gz"}
     with tarfile.open(ran / "logs.tar.gz") as logs:

@@ -342,6 +342,14 @@ def test_a_check_that_does_not_start_says_so(tmp_path: Path) -> None:
     ]
 
 
+def test_a_check_that_hangs_is_ended_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "check.py").write_text("import time; time.sleep(600)")
+    (said,) = install.check(tmp_path, Path("check.py"), limit_s=1)
+    assert said.startswith(
+        "check.py was not done after 1 s and was ended; see where it hangs with PYTHONPATH="
+    )
+
+
 def test_the_plugin_is_looked_for_by_its_entry_point() -> None:
     install_check.plugin_is_found()
 

@@ -352,6 +352,27 @@ def test_an_engine_that_does_not_start_is_said_of_all_its_cases(tmp_path: Path) 
     assert {state(cell) for cell in again.results.cells.values()} == {"agrees"}
 
 
+def test_a_case_that_fails_is_tried_twice_in_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = [Case("dies", 1)]
+
+    def again() -> int:
+        """Processes started by another call."""
+        for log in tmp_path.glob("*.log"):
+            log.unlink()
+        record = new_record(tmp_path)
+        drive(runner(), plan, Record(record.results, again=True), tmp_path, time.time() + 600)
+        return len(list(tmp_path.glob("*.log")))
+
+    assert [again(), again(), again()] == [1, 1, 0]
+    assert "failed 2 times, not tried again: dies" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())["cells"]["dies"]["tries"] == 2
+    # Other code is a new beginning.
+    monkeypatch.setattr(cases, "sources", lambda: "other code")
+    assert [again(), again(), again()] == [1, 1, 0]
+
+
 def test_nothing_begins_that_cannot_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = new_record(tmp_path)
     drive(runner(), [Case("a", 100)], record, tmp_path, time.time() + 50)

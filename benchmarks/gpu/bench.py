@@ -153,13 +153,19 @@ def expected_cell_s(results: Results, cell: Cell) -> float:
     return float(stock["cell_s"]) if stock else cell.expected_s
 
 
+def measured(run: Run, results: Results, key: str) -> bool:
+    """Whether a cell has its result; what was measured eagerly gives way to a run with graphs."""
+    cell = results.cells.get(key)
+    return cell is not None and (run.eager or not cell.get("eager", False))
+
+
 def cells_left(run: Run, results: Results, engine: Engine) -> list[tuple[int, Cell]]:
     """Cells of an engine without a result, with their number of live tokens; those that failed come last."""
     left = []
     for live in engine.lives:
         for cell in cells_of(run.scale, engine, run.loads):
             key = engine.key(live, cell)
-            if key not in results.cells and results.failures.get(key, {}).get("times", 0) < TRIES:
+            if not measured(run, results, key) and results.failures.get(key, {}).get("times", 0) < TRIES:
                 left.append((live, cell))
     return sorted(left, key=lambda one: engine.key(*one) in results.failures)
 
@@ -191,6 +197,20 @@ def set_older_aside(results: Results, library: str) -> None:
     results.save()
 
 
+def one_more_try(results: Results) -> None:
+    """Have everything that was given up tried once more: a new call may follow a repair."""
+    for failure in results.failures.values():
+        failure["times"] = min(failure["times"], TRIES - 1)
+    results.save()
+
+
+def say_left_out(results: Results) -> None:
+    """Print what failed so often that this call tried it no more."""
+    left_out = [key for key, failure in results.failures.items() if failure["times"] >= TRIES]
+    if left_out:
+        print(f"left out after {TRIES} failures, the next call tries it: {', '.join(left_out)}", flush=True)
+
+
 def measure(run: Run, results: Results, engines: Sequence[Engine]) -> None:
     """Run every engine that has cells left and time to start; none that fails stops the next."""
     for number, engine in enumerate(engines):
@@ -198,6 +218,7 @@ def measure(run: Run, results: Results, engines: Sequence[Engine]) -> None:
         for _ in range(TRIES):
             if not _measure_engine(run, results, engine, reserve):
                 break
+    say_left_out(results)
 
 
 def _measure_engine(run: Run, results: Results, engine: Engine, reserve: float) -> bool:
@@ -251,7 +272,7 @@ def _answer(child: Measuring, until: float) -> dict[str, Any]:
 
 
 def _note_cell(run: Run, results: Results, key: str, result: dict[str, Any]) -> None:
-    results.cells[key] = result | {"library": run.library}
+    results.cells[key] = result | {"library": run.library, "eager": run.eager}
     results.failures.pop(key, None)
     results.save()
     run.progress()
@@ -330,7 +351,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check", type=Path, action="append", default=[], help="JSON of a check, for the table's head"
     )
-    parser.add_argument("--eager", action="store_true", help="neither compile nor capture")
+    parser.add_argument(
+        "--eager", action="store_true", help="neither compile nor capture; its cells are marked"
+    )
+    parser.add_argument("--commit", help="of the sources, where they are not a checkout")
     return parser
 
 
@@ -348,9 +372,10 @@ def run_benchmark(args: argparse.Namespace, progress: Callable[[Results], None])
     where = facts.device(args.tiny)
     same = {"device": where, "versions": facts.versions(), "scale": scale.size, "repeats": args.repeats}
     results = Results(args.out, same, " ".join(["python", *sys.argv]))
-    results.content["commit"] = facts.commit()
+    results.content["commit"] = args.commit or facts.commit()
     library = facts.library()
     set_older_aside(results, library)
+    one_more_try(results)
     lives = [int(live) for live in args.lives.split(",")]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     folder, levels = prepare(scale, work, lives)

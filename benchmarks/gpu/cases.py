@@ -29,6 +29,8 @@ SCRIPTS = ("benchmarks/gpu/check*.py", "benchmarks/gpu/kernel*.py", "tests/*.py"
 # On a GPU what takes longer hangs; a CPU is given all the time there is.
 MOST_S = 120.0
 UNLIMITED_S = 86400.0
+# A case that failed so often is not tried again.
+TRIES = 2
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,12 @@ def run_all(
 class Record:
     """Results of cases on disk, written by several threads.
 
-    A result is kept with the fingerprint of the sources it was measured with.
+    A result is kept with the fingerprint of the sources it was measured with, and a failure with how often
+    the case was tried with them.
 
     Args:
         results: the file.
-        again: whether cases that failed are to be tried again.
+        again: whether cases that failed are to be tried again, TRIES times in all: one that hangs takes long.
 
     """
 
@@ -110,18 +113,33 @@ class Record:
         self.results = results
         self.sources = sources()
         self.lock = threading.Lock()
-        if again:
-            for key in [key for key, cell in results.cells.items() if "failed" in cell]:
-                del results.cells[key]
+        self._again = {key for key in self._failed() if self._tries(key) < TRIES} if again else set()
+        if again and (given_up := sorted(set(self._failed()) - self._again)):
+            print(f"failed {TRIES} times, not tried again: {', '.join(given_up)}", flush=True)
+
+    def _failed(self) -> list[str]:
+        """Cases that failed with this very code."""
+        cells = self.results.cells
+        return [
+            key for key, cell in cells.items() if "failed" in cell and cell.get("sources") == self.sources
+        ]
+
+    def _tries(self, key: str) -> int:
+        """How often a case has failed with this very code."""
+        cell = self.results.cells.get(key, {})
+        known = "failed" in cell and cell.get("sources") == self.sources
+        return int(cell.get("tries", 1)) if known else 0
 
     def has(self, key: str) -> bool:
-        """Whether a case was measured, or failed, with this very code."""
-        return self.results.cells.get(key, {}).get("sources") == self.sources
+        """Whether a case was measured, or failed, with this very code, and is not to be tried again."""
+        return key not in self._again and self.results.cells.get(key, {}).get("sources") == self.sources
 
     def put(self, key: str, result: dict[str, Any]) -> None:
         """Keep a result."""
         with self.lock:
-            self.results.cells[key] = result | {"sources": self.sources}
+            tries = {"tries": self._tries(key) + 1} if "failed" in result else {}
+            self.results.cells[key] = result | {"sources": self.sources} | tries
+            self._again.discard(key)
             self.results.save()
 
     def note(self, name: str, facts: dict[str, Any]) -> None:

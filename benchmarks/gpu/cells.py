@@ -131,14 +131,14 @@ class Scale:
     rates: dict[str, float] = field(default_factory=dict)
 
 
-# One request in 16 tokens of 32 layers is 8 MiB of KV: with 50 GiB, 153 of stock's mixed requests fit.
+# 16 tokens in 32 layers are 8 MiB of KV: in 50 GiB, 152 of stock's mixed requests fit, 114 of decode.
 FULL = Scale(
     size="7b",
     tokens={"prefill": 1, "mixed": 32, "decode": 256, "burst": 32, "arrivals": 32, "capacity": 64},
     requests={
         "mixed": {1: 8, 4: 16, 16: 64, 32: 96, 64: 192, 256: 512},
         "prefill": {1: 16, 4: 32, 16: 64, 32: 96, 64: 192, 256: 512},
-        "decode": {64: 64, 256: 256},
+        "decode": {64: 64, 96: 96},
     },
     narrow=(32, 64),
     shares=(0.8, 1.2, 0.5, 2.0),
@@ -159,7 +159,7 @@ FULL = Scale(
 )
 TINY = Scale(
     size="tiny",
-    tokens={"prefill": 1, "mixed": 2, "decode": 4, "burst": 2, "arrivals": 2, "capacity": 6},
+    tokens={"prefill": 1, "mixed": 2, "decode": 4, "burst": 2, "arrivals": 2, "capacity": 16},
     requests={"mixed": {1: 1, 2: 3}, "prefill": {2: 3}, "decode": {2: 2}},
     narrow=(2,),
     shares=(0.8,),

@@ -18,6 +18,11 @@ def table(cells: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def wrong_cases(cells: dict[str, Any]) -> dict[str, Any]:
+    """The cases that do not agree."""
+    return {key: cell for key, cell in cells.items() if state(cell) != "agrees"}
+
+
 def _differences(cell: dict[str, Any]) -> str:
     if "logprobs" not in cell:
         return " | | | | "

@@ -30,6 +30,7 @@ from benchmarks.gpu.check_compare import TOLERANCES  # noqa: E402
 from benchmarks.gpu.check_requests import CASES  # noqa: E402
 from benchmarks.gpu.check_tables import table, verdicts  # noqa: E402
 from benchmarks.gpu.results import Results  # noqa: E402
+from benchmarks.gpu.tables import head  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parent / "check_engine.py"
 START_S = 60
@@ -113,7 +114,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engines", default="", help="only engines whose name holds this")
     parser.add_argument("--cases", type=lambda names: names.split(","), help=f"some of: {','.join(CASES)}")
     parser.add_argument("--together", type=int, default=TOGETHER, help="engines at a time")
-    parser.add_argument("--again", action="store_true", help="try cases that failed again")
+    parser.add_argument("--again", action="store_true", help="try cases that failed once again")
+    parser.add_argument("--commit", help="of the sources, where they are not a checkout")
     return parser.parse_args()
 
 
@@ -126,11 +128,14 @@ def main() -> int:
     except RuntimeError as error:
         print(error)
         return 1
+    record.results.content["commit"] = args.commit or facts.commit()
+    record.results.save()
     record.results.content["tolerances"] = {name: asdict(allowed) for name, allowed in TOLERANCES.items()}
     check(args, record, deadline)
     verdict = verdicts(record.results.cells)
     record.results.content["verdict"] = verdict
     record.results.save()
+    print(head(record.results.content))
     print(table(record.results.cells))
     print(verdict)
     return 0

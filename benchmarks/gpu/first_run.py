@@ -29,7 +29,9 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
-from benchmarks.gpu import bench, facts, tables  # noqa: E402
+from benchmarks.gpu import bench, check_tables, facts, kernel_tables, tables  # noqa: E402
+from benchmarks.gpu.case_tables import state  # noqa: E402
+from benchmarks.gpu.cases import TRIES  # noqa: E402
 from benchmarks.gpu.cells import FULL, KINDS, TINY, Engine  # noqa: E402
 from benchmarks.gpu.processes import (  # noqa: E402
     ProcessFailed,
@@ -38,18 +40,24 @@ from benchmarks.gpu.processes import (  # noqa: E402
     last_error,
     lines_of,
 )
-from benchmarks.gpu.publishing import Publisher, sizes  # noqa: E402
+from benchmarks.gpu.publishing import Publisher, sizes, take_back  # noqa: E402
 from benchmarks.gpu.results import Results  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 # Seconds before its end at which a stage's work is over, and at which it is ended by force.
 CLOSING_S, FORCED_S = 12.0, 5.0
+# Seconds that ending by force itself may take before the process is gone whatever it does.
+FORCED_END_S = 20.0
+# Seconds that a script gets to end in after its last case, and the fewest it is worth starting with.
+SCRIPT_END_S, LEAST_SCRIPT_S = 10.0, 30.0
 # Share of the stage's time after which the kernels' check makes room for the engines'.
 KERNELS_SHARE = 0.4
 PROFILED = (Engine("stock"), Engine("hybrid", 0.5, (90,)))
-PROFILE_S = 45
+PROFILE_S = 90
 # Most lines of the table that a stage prints last.
 SCREEN = 90
+# Most lines of it for checks that do not agree.
+WRONG_LINES = 25
 SUBREAPER = 36
 
 
@@ -74,6 +82,11 @@ class Stage:
     def left_s(self) -> float:
         """Seconds left to work in."""
         return self.deadline - time.time()
+
+    @property
+    def eager(self) -> bool:
+        """Whether engines neither compile nor capture."""
+        return bool(self.args.eager or self.args.tiny)
 
     def results(self, name: str) -> Results:
         """The stage's file, begun or gone on with.
@@ -139,8 +152,9 @@ def start_preparing(stage: Stage) -> subprocess.Popen[str]:
 def correct(stage: Stage) -> None:
     """Kernels against plain torch, engines against the tests' reference, then times of kernels."""
     began = stage.left_s
-    kernels = ["kernels.py", "--out", str(stage.work / "kernels.json")]
-    checking = ["checking.py", "--out", str(stage.work / "checking.json")]
+    more = ["--again", "--commit", stage.args.commit or facts.commit()]
+    kernels = ["kernels.py", "--out", str(stage.work / "kernels.json"), *more]
+    checking = ["checking.py", "--out", str(stage.work / "checking.json"), *more]
     script(stage, "kernels-check", [*kernels, "--check-only"], KERNELS_SHARE * began)
     script(stage, "checking", checking, stage.left_s)
     script(stage, "kernels-time", [*kernels, "--time-only"], stage.left_s)
@@ -148,13 +162,15 @@ def correct(stage: Stage) -> None:
 
 def script(stage: Stage, name: str, command: Sequence[str], seconds: float) -> None:
     """Run one of the scripts beside this one within some seconds; how it ends is said and ends nothing."""
-    if seconds < 10:
+    if seconds < LEAST_SCRIPT_S:
         print(f"no time left for {name}; run the same stage again", flush=True)
         return
     tiny = ["--tiny"] if stage.args.tiny else []
-    whole = [sys.executable, str(HERE / command[0]), *command[1:], "--minutes", f"{seconds / 60:.3f}", *tiny]
+    minutes = f"{(seconds - SCRIPT_END_S) / 60:.3f}"
+    whole = [sys.executable, str(HERE / command[0]), *command[1:], "--minutes", minutes, *tiny]
     log = stage.work / f"{name}.log"
     print(f"{name}: at most {seconds:.0f} s", flush=True)
+    in_time = True
     with log.open("w") as file:
         process = subprocess.Popen(
             whole,
@@ -168,9 +184,10 @@ def script(stage: Stage, name: str, command: Sequence[str], seconds: float) -> N
             process.wait(seconds + FORCED_S)
         except subprocess.TimeoutExpired:
             print(f"{name} was ended after its time", flush=True)
+            in_time = False
         end_tree(process)
     end_descendants()
-    if process.returncode > 0:
+    if in_time and process.returncode:
         print(f"{name} FAILED with code {process.returncode}: {last_error(log)}; see {log}", flush=True)
 
 
@@ -178,7 +195,8 @@ def speed(stage: Stage) -> None:
     """The benchmark, as far as the time goes."""
     command = ["--out", str(stage.work / "speed.json"), "--work", str(stage.work)]
     command += ["--budget", f"{stage.left_s:.1f}", "--kinds", stage.args.kinds]
-    for option in ("lives", "ratios", "loads"):
+    command += ["--eager"] if stage.args.eager else []
+    for option in ("lives", "ratios", "loads", "commit"):
         if value := getattr(stage.args, option):
             command += [f"--{option}", value]
     if stage.args.tiny:
@@ -191,13 +209,17 @@ def profile(stage: Stage) -> None:
     results = stage.results("profile")
     scale = TINY if stage.args.tiny else FULL
     for engine in PROFILED:
-        if engine.kind in kinds_of(stage.args) and not _profiled(results, engine):
+        if engine.kind in kinds_of(stage.args) and not _profiled(results, engine, stage.eager):
             _profile_engine(stage, results, engine, scale.step_tokens // 640)
 
 
-def _profiled(results: Results, engine: Engine) -> bool:
+def _profiled(results: Results, engine: Engine, eager: bool) -> bool:
+    """Whether an engine has its profiles; an eager one gives way to one with graphs."""
     done = [results.cells.get(f"{engine.kind}/{step}") for step in ("prefill", "decode")]
-    return all(cell is not None and cell["library"] == facts.library() for cell in done)
+    return all(
+        cell is not None and cell["library"] == facts.library() and (eager or not cell.get("eager", False))
+        for cell in done
+    )
 
 
 def _profile_engine(stage: Stage, results: Results, engine: Engine, prompts: int) -> None:
@@ -210,7 +232,7 @@ def _profile_engine(stage: Stage, results: Results, engine: Engine, prompts: int
     run = bench.Run(
         scale=scale,
         cuda=not stage.args.tiny,
-        eager=stage.args.tiny,
+        eager=stage.eager,
         repeats=1,
         loads=(),
         folder=folder,
@@ -233,7 +255,7 @@ def _profile_engine(stage: Stage, results: Results, engine: Engine, prompts: int
         for answer in lines_of([*command, str(stage.work / "traces")], log, stage.deadline):
             if "step" in answer:
                 key = f"{engine.kind}/{answer['step']}"
-                results.cells[key] = answer["result"] | {"library": run.library}
+                results.cells[key] = answer["result"] | {"library": run.library, "eager": run.eager}
                 results.failures.pop(engine.kind, None)
                 results.save()
     except ProcessFailed as error:
@@ -252,27 +274,57 @@ def all_tables(work: Path, tiny: bool, stage: str | None = None) -> str:
     parts = []
     found = {file.stem: json.loads(file.read_text()) for file in sorted(work.glob("*.json"))}
     if "smoke" in found and stage in (None, "smoke"):
-        parts.append("## smoke\n\n" + _head(found["smoke"]) + starting.table(found["smoke"], tiny))
-    if stage in (None, "correct"):
-        for log in ("kernels-check", "checking", "kernels-time"):
-            if (file := work / f"{log}.log").exists():
-                parts.append(f"## {log}\n\n" + "\n".join(file.read_text(errors="replace").splitlines()[-60:]))
+        parts.append(f"## smoke\n\n{tables.head(found['smoke'])}\n\n{starting.table(found['smoke'], tiny)}")
+    if stage == "correct":
+        parts.append(_short_checks(found))
+    if stage is None:
+        parts += _checks(found)
     if "speed" in found and stage in (None, "speed"):
         check = tables.check_lines([work / "kernels.json", work / "checking.json"])
         parts.append("## speed\n\n" + tables.report(found["speed"], check, short=stage is not None))
     if "profile" in found and stage in (None, "profile"):
         rows = trace_table.TOP if stage is None else 12
+        parts.append(f"## profile\n\n{tables.head(found['profile'])}")
         for key, cell in found["profile"]["cells"].items():
-            parts.append(f"## profile: {key}\n\n" + trace_table.table(cell, rows))
+            eager = ", eager" if cell.get("eager") else ""
+            parts.append(f"### {key}{eager}\n\n" + trace_table.table(cell, rows))
         parts += tables.failure_lines(found["profile"])
     return "\n\n".join(parts) or "no results"
 
 
-def _head(content: dict[str, Any]) -> str:
-    device, versions = content["device"], content["versions"]
-    driver = f", driver {device['driver']}" if "driver" in device else ""
-    said = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{device['name']}{driver}; {said}; commit {content['commit']}\n\n"
+def _checks(found: dict[str, Any]) -> list[str]:
+    """All tables of the checks that have begun."""
+    parts = []
+    for name, script in (("kernels", kernel_tables), ("checking", check_tables)):
+        if name in found:
+            cells = found[name]["cells"]
+            said = [tables.head(found[name]), script.verdicts(cells), script.table(cells)]
+            parts.append(f"## {name}\n\n" + "\n\n".join(said))
+    return parts
+
+
+def _tried(cell: dict[str, Any]) -> str:
+    return " (not tried again)" if cell.get("tries", 0) >= TRIES else ""
+
+
+def _short_checks(found: dict[str, Any]) -> str:
+    """What fits on a screen: verdicts, what does not agree, and the times of kernels."""
+    cells = {name: found[name]["cells"] if name in found else {} for name in ("kernels", "checking")}
+    parts = [tables.head(found[name]) for name in cells if name in found][:1]
+    verdicts = {
+        "kernels": kernel_tables.verdicts(cells["kernels"]),
+        "checking": check_tables.verdicts(cells["checking"]),
+    }
+    parts.append("\n".join(f"{name}: {said}" for name, said in verdicts.items()))
+    wrong = [
+        f"- {name}, {key}: {state(cell)}{_tried(cell)}"
+        for name, some in cells.items()
+        for key, cell in check_tables.wrong_cases(some).items()
+    ]
+    if len(wrong) > WRONG_LINES:
+        wrong = [*wrong[:WRONG_LINES], f"- and {len(wrong) - WRONG_LINES} more in tables.md"]
+    parts += ["\n".join(wrong), kernel_tables.times_table(cells["kernels"])]
+    return "## correct\n\n" + "\n\n".join(filter(None, parts))
 
 
 def adopt_orphans() -> None:
@@ -282,13 +334,22 @@ def adopt_orphans() -> None:
 
 def end_by_force(publisher: Publisher, ended: Callable[[], None]) -> None:
     """The stage has not come to its end in time: end all it started, and itself."""
-    print("the stage was ended by force", flush=True)
-    end_descendants()
-    publisher.stop()
-    publisher.everything()
-    ended()
-    sys.stdout.flush()
-    os._exit(0)
+
+    def close() -> None:
+        print("the stage was ended by force", flush=True)
+        end_descendants(forced=True)
+        publisher.stop()
+        publisher.everything()
+        ended()
+        sys.stdout.flush()
+
+    try:
+        # A thread of its own: what it waits for, a lock or a disk, does not keep this process.
+        closing = threading.Thread(target=close, daemon=True)
+        closing.start()
+        closing.join(FORCED_END_S)
+    finally:
+        os._exit(0)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -306,6 +367,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--lives", help="of speed, see bench.py")
     parser.add_argument("--ratios", help="of speed, see bench.py")
     parser.add_argument("--loads", help="of speed, see bench.py")
+    parser.add_argument("--eager", action="store_true", help="of speed and profile: no compiling, no graphs")
     parser.add_argument("--at-once", type=int, default=3, help="engines that smoke starts at the same time")
     return parser
 
@@ -317,6 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     work = args.out / "work"
     work.mkdir(parents=True, exist_ok=True)
+    take_back(work, [args.out, *([args.copy] if args.copy else [])])
     end = began + 60 * args.minutes
 
     def last_table() -> None:
@@ -333,10 +396,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     guard.daemon = True
     guard.start()
     publisher.keep_going()
-    broken = run_stage(STAGES[args.stage], Stage(args, work, end - CLOSING_S, publisher))
-    publisher.stop()
-    end_descendants()
-    guard.cancel()
+    try:
+        broken = run_stage(STAGES[args.stage], Stage(args, work, end - CLOSING_S, publisher))
+        publisher.stop()
+        end_descendants()
+    finally:
+        # Left behind, it would end whatever this process does next.
+        guard.cancel()
     publisher.everything()
     last_table()
     return int(broken)

@@ -34,6 +34,7 @@ from typing import Any
 # Holds the digest of the installed bundle, once all of it is there.
 STAMP = "bundle.sha256"
 CHECK = Path("source/benchmarks/gpu/install_check.py")
+CHECK_S = 120.0
 FIRST_RUN = Path("source/benchmarks/gpu/first_run.py")
 
 
@@ -126,22 +127,30 @@ def differences(manifest: dict[str, Any]) -> list[str]:
     return found
 
 
-def check(target: Path, script: Path = CHECK) -> list[str]:
+def check(target: Path, script: Path = CHECK, limit_s: float = CHECK_S) -> list[str]:
     """What does not import or run with the target in front, a sentence each.
 
     One process does all of it. Where one ends without a word (a library that takes it down), another goes on
-    behind what it had begun last.
+    behind what it had begun last. One that is not done after ``limit_s`` seconds is ended, which is said too.
     """
     found: list[str] = []
     begun: list[str] = []
     while True:
-        done = subprocess.run(
-            [sys.executable, str(target / script), *begun],
-            capture_output=True,
-            text=True,
-            env=environment(target),
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, str(target / script), *begun],
+                capture_output=True,
+                text=True,
+                env=environment(target),
+                check=False,
+                timeout=limit_s,
+            )
+        except subprocess.TimeoutExpired:
+            return [
+                *found,
+                f"{script.name} was not done after {limit_s:.0f} s and was ended; see where it hangs with "
+                f"PYTHONPATH={target.resolve()} {sys.executable} {target / script}",
+            ]
         lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
         new = [line[1] for line in lines if line[0] == "BEGIN"]
         found += [line[1] for line in lines if line[0] == "SAY"]

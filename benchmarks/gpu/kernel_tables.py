@@ -9,22 +9,32 @@ from benchmarks.gpu.case_tables import state
 
 def table(cells: dict[str, Any]) -> str:
     """Markdown: the check of every scene, then the times of every kernel, marked where a check disagrees."""
+    return "\n\n".join(filter(None, [checks_table(cells), times_table(cells)]))
+
+
+def checks_table(cells: dict[str, Any]) -> str:
+    """Markdown: the check of every scene, and what a sanitizer found."""
     checks = {key: cell for key, cell in cells.items() if not key.startswith("time: ")}
     lines = ["| check | off by | worst row | second run | |", "|---|--:|--:|---|---|"]
     for key, cell in checks.items():
         lines.append(f"| {key.removeprefix('check: ')} | {_off(cell)} | {state(cell)} |")
+    return "\n".join(lines) if checks else ""
+
+
+def times_table(cells: dict[str, Any]) -> str:
+    """Markdown: the device's ceilings, the time of every kernel beside its floor, and what failed."""
+    lines = []
     if "bytes_per_s" in (found := cells.get("time: ceilings", {})):
-        lines += [
-            "",
-            f"Ceilings here: a copy moves {found['bytes_per_s'] / 1e12:.2f} TB/s, a large product in ",
-        ]
+        lines.append(
+            f"Ceilings here: a copy moves {found['bytes_per_s'] / 1e12:.2f} TB/s, a large product in "
+        )
         lines[-1] += f"bf16 runs at {found['flops_per_s'] / 1e12:.0f} TFLOP/s."
     rows = [row for cell in cells.values() for row in cell.get("kernels", []) if isinstance(row, dict)]
     failed = {key: cell for key, cell in cells.items() if key.startswith("time: ") and "failed" in cell}
     if not rows and not failed:
         return "\n".join(lines)
     lines += [
-        "",
+        *([""] if lines else []),
         "| kernel | requests | live | time, us | floor, us | times floor |",
         "|---|---|---|--:|--:|--:|",
     ]

@@ -54,6 +54,7 @@ from benchmarks.gpu.kernel_sanitizer import TOOLS, program, sanitize  # noqa: E4
 from benchmarks.gpu.kernel_scenes import make_scene  # noqa: E402
 from benchmarks.gpu.kernel_tables import table, verdicts  # noqa: E402
 from benchmarks.gpu.results import Results  # noqa: E402
+from benchmarks.gpu.tables import head  # noqa: E402
 
 CHECK, TIME, SANITIZER = "check: ", "time: ", "sanitizer: "
 START_S = 20
@@ -152,7 +153,8 @@ def parse() -> argparse.Namespace:
     only.add_argument("--time-only", action="store_true", help="check nothing")
     parser.add_argument("--seed", type=int, help="of the scenes; a fresh one where it is left out")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of a kernel, for their median")
-    parser.add_argument("--again", action="store_true", help="try cases that failed again")
+    parser.add_argument("--again", action="store_true", help="try cases that failed once again")
+    parser.add_argument("--commit", help="of the sources, where they are not a checkout")
     parser.add_argument("--floors", action="store_true", help="print the floors and run nothing")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--sanitized", type=int, help=argparse.SUPPRESS)
@@ -185,10 +187,13 @@ def main() -> int:
     except RuntimeError as error:
         print(error)
         return 1
+    record.results.content["commit"] = args.commit or facts.commit()
+    record.results.save()
     measure(args, record, deadline)
     verdict = verdicts(record.results.cells)
     record.results.content["verdict"] = verdict
     record.results.save()
+    print(head(record.results.content))
     print(table(record.results.cells))
     print(verdict)
     if args.tiny:

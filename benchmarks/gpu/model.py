@@ -186,7 +186,9 @@ def find_thresholds(
             if str(live) not in known:
                 tower = tower.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
                 known[str(live)] = calibrated(tower, folder, live, pictures)
-        file.write_text(json.dumps(known))
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(known))
+        partial.replace(file)
     return known
 
 

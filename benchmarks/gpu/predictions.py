@@ -82,7 +82,8 @@ def serve(
 
     A step takes the requests that run, then whole prompts that fit in its tokens and in the pool. A request
     is let in when the pool holds its unreduced blocks at full length, and keeps its own from then on, so
-    nothing is ever preempted.
+    nothing is ever preempted. That stands for vLLM's watermark too, by which the benchmark lets in about as
+    many (it reserves the prompt and keeps a share of the pool free).
 
     Args:
         shape: the model.

@@ -23,6 +23,9 @@ ERROR_LINE = re.compile(r"\b(\w*(?:Error|Exception|Interrupt|Exit)(?:: .*|$))")
 # What vLLM says of a failure that some other line explains.
 SECOND_HAND = ("Engine core initialization failed", "EngineDeadError", "EngineCore encountered an issue")
 LONGEST_REASON = 300
+# Seconds that a killed process is waited for; less, and only so often, where a stage ends by force.
+END_S = 30.0
+FORCED_ROUNDS, FORCED_ROUND_S = 2, 3.0
 
 
 class ProcessFailed(RuntimeError):
@@ -94,9 +97,16 @@ class Measuring:
             answer = self._answers.get(timeout=max(0.0, until - time.time()))
         except queue.Empty:
             raise ProcessFailed(self._why("gave no answer in time and was ended")) from None
-        if answer is None and (code := self.process.wait()):
+        if answer is None and (code := self._code()):
             raise ProcessFailed(self._why(f"ended with code {code}"))
         return answer
+
+    def _code(self) -> int:
+        """The exit status, once the output is closed."""
+        try:
+            return self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            raise ProcessFailed(self._why("closed its output and did not end")) from None
 
     def _why(self, what: str) -> str:
         reason = last_error(self.log, self._end_of_log)
@@ -117,22 +127,33 @@ def end_tree(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     _kill(family)
-    process.wait()
+    # What hangs in the driver cannot be killed; nobody waits for it for ever.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)
 
 
-def end_descendants() -> None:
-    """Kill everything that this process and its children started and that still runs."""
+def end_descendants(forced: bool = False) -> None:
+    """Kill everything that this process and its children started and that still runs.
+
+    Args:
+        forced: give up on what is still there after FORCED_ROUNDS rounds of FORCED_ROUND_S seconds.
+
+    """
+    rounds = 0
     while family := psutil.Process().children(recursive=True):
-        _kill(family)
+        if forced and rounds == FORCED_ROUNDS:
+            return
+        _kill(family, FORCED_ROUND_S if forced else END_S)
+        rounds += 1
 
 
-def _kill(family: list[psutil.Process]) -> None:
+def _kill(family: list[psutil.Process], wait_s: float = END_S) -> None:
     for member in family:
         try:
             member.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(family, timeout=30)
+    psutil.wait_procs(family, timeout=wait_s)
 
 
 def lines_of(command: list[str], log: Path, deadline: float) -> Iterator[dict[str, Any]]:

@@ -67,6 +67,7 @@ class Stepped:
     def prefill(self, name: str, count: int) -> None:
         """Profile the step that prefills ``count`` prompts, with their pictures."""
         self.send(count, 1)
+        settle()
         self.llm.start_profile(name)
         self.finish()
         self.llm.stop_profile()
@@ -76,11 +77,20 @@ class Stepped:
         self.send(count, BEFORE + DECODE_STEPS + BEHIND)
         while min(self.made.values()) < BEFORE:
             self.step()
+        settle()
         self.llm.start_profile(name)
         for _ in range(DECODE_STEPS):
             self.step()
         self.llm.stop_profile()
         self.finish()
+
+
+def settle() -> None:
+    """Wait for the device, so that kernels of earlier steps do not count as the profiled ones'."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def trace_of(folder: Path, name: str) -> Path:
@@ -143,9 +153,10 @@ def main() -> None:
     parser.add_argument("traces", type=Path, help="folder for the traces")
     args = parser.parse_args()
     answers = Answers()
-    set_environment()
+    plan = json.loads(args.plan)
+    set_environment(plan["kind"])
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    profile(args.folder, json.loads(args.plan), args.traces, answers)
+    profile(args.folder, plan, args.traces, answers)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import io
 import shutil
 import tarfile
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -40,6 +41,25 @@ def pack_traces(folder: Path, target: Path) -> None:
                 archive.add(trace, trace.name)
 
 
+def take_back(work: Path, folders: Iterable[Path]) -> None:
+    """Put results that an earlier machine published where stages go on with them.
+
+    Args:
+        work: folder of the stages; what it holds already stays.
+        folders: with published results, the first that has one counts.
+
+    """
+    for folder in folders:
+        for name in STAGES_FILES:
+            file, published = work / f"{name}.json", folder / f"{name}.json"
+            if published.exists() and not file.exists():
+                _replace(file, published.read_bytes())
+        traces = folder / "traces.tar"
+        if traces.exists() and not (work / "traces").exists():
+            with tarfile.open(traces) as archive:
+                archive.extractall(work / "traces", filter="data")
+
+
 class Publisher:
     """Keeps a folder of results, and a copy of it, up to date.
 
@@ -67,7 +87,9 @@ class Publisher:
             for folder in self.folders:
                 for file in files:
                     _replace(folder / file.name, file.read_bytes())
-                _replace(folder / "tables.md", (self.tables() + "\n").encode())
+            text = self.tables() + "\n"
+            for folder in self.folders:
+                _replace(folder / "tables.md", text.encode())
 
     def everything(self) -> None:
         """Results, logs and traces."""
@@ -85,7 +107,11 @@ class Publisher:
 
         def write() -> None:
             while not self._over.wait(EVERY_S):
-                self.results()
+                # One file that cannot be written or shown does not keep later results from it.
+                try:
+                    self.results()
+                except Exception:
+                    traceback.print_exc()
 
         threading.Thread(target=write, daemon=True).start()
 

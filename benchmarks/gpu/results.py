@@ -7,13 +7,17 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+# Another machine with the same card may have another driver, or a few bytes less.
+IDENTITY = ("name", "kind")
+
 
 class Results:
     """Everything measured so far.
 
     Args:
         file: where it is kept; what it holds is not measured again.
-        facts: what has to be the same for a run to go on: device, versions, scale.
+        facts: what has to be the same for a run to go on: device, versions, scale. Of a device that is its
+            name and kind; its driver and memory are noted for every call.
         command: the command line, noted with the date.
 
     Raises:
@@ -27,12 +31,13 @@ class Results:
         if file.exists():
             old = json.loads(file.read_text())
             for key, value in facts.items():
-                if old.get(key) != value:
+                if _identity(old.get(key)) != _identity(value):
                     raise RuntimeError(
                         f"{file} was measured with {key} {old.get(key)}, this is {value}; give another --out"
                     )
-            self.content |= old
-        self.content["commands"].append({"command": command, "date": date.today().isoformat()})
+            self.content |= old | facts
+        noted = {"device": facts["device"]} if "device" in facts else {}
+        self.content["commands"].append({"command": command, "date": date.today().isoformat(), **noted})
         self.save()
 
     @property
@@ -61,3 +66,8 @@ class Results:
         partial = self.file.with_name(self.file.name + ".partial")
         partial.write_text(json.dumps(self.content, indent=1) + "\n")
         partial.replace(self.file)
+
+
+def _identity(fact: Any) -> Any:
+    """What of a fact tells one machine from another: a device's name and kind, anything else whole."""
+    return {name: fact[name] for name in IDENTITY} if isinstance(fact, dict) and "kind" in fact else fact

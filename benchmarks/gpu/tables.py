@@ -38,6 +38,18 @@ def _bad(what: str) -> bool:
     return what != "agrees" and not what.startswith("not run")
 
 
+def head(content: dict[str, Any]) -> str:
+    """What a table's figures are of: device, driver, versions, commit, and the last command, in two lines."""
+    device = content["device"]
+    driver = f", driver {device['driver']}" if "driver" in device else ""
+    said = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    commands = content.get("commands") or [{"command": "unknown"}]
+    return (
+        f"{device['name']}{driver}; {said}; commit {content.get('commit', 'unknown')}\n"
+        f"command: `{commands[-1]['command']}`"
+    )
+
+
 def number(value: float | None, factor: float = 1e3, digits: int = 1) -> str:
     """A number in a table; nothing for None."""
     return "" if value is None else f"{value * factor:.{digits}f}"
@@ -65,12 +77,17 @@ def _of(key: str, group: str) -> bool:
 
 
 def rate(got: dict[str, Any] | None) -> str:
-    """Requests/s with the spread of the runs; a star where a request was preempted."""
+    """Requests/s with the spread of the runs; a star where a request was preempted, a word where eager."""
     if got is None:
         return ""
     runs = got["all_requests_per_s"]
     spread = f" ({min(runs):.1f}-{max(runs):.1f})" if len(runs) > 1 else ""
-    return f"{got['requests_per_s']:.2f}{spread}" + ("*" if got["preemptions"] else "")
+    return f"{got['requests_per_s']:.2f}{spread}" + ("*" if got["preemptions"] else "") + _eager(got)
+
+
+def _eager(got: dict[str, Any]) -> str:
+    """The mark of a cell without compilation and graphs."""
+    return " (eager)" if got.get("eager") else ""
 
 
 def beside_stock(group: str, cells: Cells) -> list[str]:
@@ -120,7 +137,9 @@ def sweep(cells: Cells) -> list[str]:
 def _swept(got: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
     if got is None:
         return ""
-    return f"{_ratio(got, base)}x" if base else rate(got)
+    if base is None:
+        return rate(got)
+    return f"{_ratio(got, base)}x" + ("*" if got["preemptions"] else "") + _eager(got)
 
 
 def memory(cells: Cells) -> list[str]:
@@ -181,9 +200,7 @@ def report(content: dict[str, Any], check: str, short: bool) -> str:
 
     """
     cells: Cells = content["cells"]
-    device, version = content["device"], content["versions"]
-    head = f"{device['name']}; " + ", ".join(f"{name} {v}" for name, v in version.items())
-    parts: list[list[str]] = [[head, check], sweep(cells), memory(cells), engine_rows(content)]
+    parts: list[list[str]] = [[head(content), "", check], sweep(cells), memory(cells), engine_rows(content)]
     if not short:
         for group in groups(cells):
             if rows := beside_stock(group, cells):

@@ -66,13 +66,16 @@ def table(found: dict[str, Any], rows: int = TOP) -> str:
     """Markdown of :func:`summarise`.
 
     Args:
-        found: one trace.
+        found: one trace; with ``steps``, how many it holds, times are also given for one of them.
         rows: how many of the longest kernels to show.
 
     """
     what = "kernel" if found["device"] else "CPU operator (no device in this trace)"
     waits = ", ".join(f"{w['calls']} x {w['name']} ({w['seconds'] * 1e3:.2f} ms)" for w in found["waits"])
+    steps = found.get("steps", 1)
     lines = [
+        f"{steps} step{'s' if steps > 1 else ''}, each {found['span_s'] * 1e3 / steps:.2f} ms, of which busy "
+        f"{found['busy_s'] * 1e3 / steps:.2f} ms; in all "
         f"busy {found['busy_s'] * 1e3:.2f} ms of {found['span_s'] * 1e3:.2f} ms; {found['launches']} "
         f"launches, {found['graph_launches']} graph launches; the host waited in: {waits or 'nothing'}",
         "",
