@@ -16,7 +16,7 @@ def test_interpreted_kernels_follow_the_definition() -> None:
         text=True,
         cwd=Path(__file__).parents[1],
         check=False,
-        timeout=220,
+        timeout=800,
     )
     assert done.returncode == 0, done.stdout[-6000:]
     passed = re.search(r"(\d+) passed", done.stdout)

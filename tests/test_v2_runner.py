@@ -140,7 +140,7 @@ def _answers(work: dict[str, Any], attention: str) -> dict[str, Any]:
         cwd=Path(__file__).parents[1],
         env={**os.environ, "VLLM_HYBRID_ATTENTION": attention},
         check=False,
-        timeout=300,
+        timeout=800,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
     assert lines, done.stderr[-3000:]
