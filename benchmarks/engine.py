@@ -147,15 +147,15 @@ def main() -> None:
 
 
 def overrides(kind: str, section: dict[str, Any]) -> dict[str, Any]:
-    """``--hf-overrides`` of each kind of server."""
-    if kind == "stock":
+    """``--hf-overrides`` of each kind of server; all kinds of stock have the same."""
+    if kind.startswith("stock"):
         return {"architectures": ["LlavaForConditionalGeneration"]}
-    picked = {
-        "hybrid": section,
-        "off": None,
-        "merging": {"thresholds": section["thresholds"]},
-        "pruning": {k: v for k, v in section.items() if k != "thresholds"},
-    }[kind]
+    picked: Any = {
+        "hybrid": lambda: section,
+        "off": lambda: None,
+        "merging": lambda: {"thresholds": section["thresholds"]},
+        "pruning": lambda: {k: v for k, v in section.items() if k != "thresholds"},
+    }[kind]()
     return {"architectures": ["LlavaHybridForConditionalGeneration"], "hybrid": picked}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -41,7 +40,7 @@ class TierPages:
     facts: torch.Tensor | None = None
     block_size: int = 0
     rows_per_block: int = 0
-    _bound_to: Any = field(default=None, repr=False)
+    _bound_to: tuple[object, ...] = field(default=(), repr=False)
 
     def bind(self, kv_cache: torch.Tensor) -> None:
         """Make room for the facts of a layer's pages [blocks, kv_heads, block_size, 2 * head_size].

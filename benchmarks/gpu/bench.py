@@ -46,7 +46,7 @@ from benchmarks.gpu.cells import (  # noqa: E402
     saturated_rate,
 )
 from benchmarks.gpu.processes import Measuring, ProcessFailed, lines_of  # noqa: E402
-from benchmarks.gpu.results import Results  # noqa: E402
+from benchmarks.gpu.results import Results, begin  # noqa: E402
 
 __all__ = ["FULL", "TINY", "Results", "cell_key", "cells_of", "lines_of", "main", "measure"]
 
@@ -119,11 +119,10 @@ def section_of(thresholds: dict[str, list[float | None]], engine: Engine) -> dic
 def plan_of(run: Run, engine: Engine, seed: int) -> dict[str, Any]:
     """What a measuring process is told of its engine."""
     section = section_of(run.thresholds, engine)
-    kind = "stock" if engine.kind.startswith("stock") else engine.kind
     return {
         "kind": engine.kind,
         "cuda": run.cuda,
-        "overrides": None if kind == "transformers" else overrides(kind, section),
+        "overrides": None if engine.kind == "transformers" else overrides(engine.kind, section),
         "thresholds": run.thresholds,
         "merges": section["thresholds"] is not None,
         "repeats": run.repeats,
@@ -369,10 +368,7 @@ def run_benchmark(args: argparse.Namespace, progress: Callable[[Results], None])
     scale = TINY if args.tiny else FULL
     work = args.work or args.out.with_name(args.out.stem + "-work")
     work.mkdir(parents=True, exist_ok=True)
-    where = facts.device(args.tiny)
-    same = {"device": where, "versions": facts.versions(), "scale": scale.size, "repeats": args.repeats}
-    results = Results(args.out, same, " ".join(["python", *sys.argv]))
-    results.content["commit"] = args.commit or facts.commit()
+    results = begin(args.out, args.tiny, args.commit, scale=scale.size, repeats=args.repeats)
     library = facts.library()
     set_older_aside(results, library)
     one_more_try(results)
@@ -383,7 +379,7 @@ def run_benchmark(args: argparse.Namespace, progress: Callable[[Results], None])
     results.save()
     run = Run(
         scale=scale,
-        cuda=where["kind"] == "cuda",
+        cuda=results.content["device"]["kind"] == "cuda",
         eager=args.eager or args.tiny,
         repeats=args.repeats,
         loads=args.loads.split(","),

@@ -21,6 +21,7 @@ import vllm_hybrid
 from benchmarks.gpu.answering import Answers
 from benchmarks.gpu.processes import LONGEST_REASON, REPO, Measuring, ProcessFailed
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.tables import head
 
 # What a result depends on besides device, versions and the library.
 SCRIPTS = ("benchmarks/gpu/check*.py", "benchmarks/gpu/kernel*.py", "tests/*.py")
@@ -95,6 +96,15 @@ def run_all(
             result = {"failed": traceback.format_exception_only(error)[-1].strip()[:LONGEST_REASON]}
         faulthandler.cancel_dump_traceback_later()
         answers.tell({"key": case.key, "result": result | {"case_s": round(time.perf_counter() - began, 3)}})
+
+
+def conclude(results: Results, verdict: str, table: str) -> None:
+    """Keep the verdict on all cases with the results, and print both below what was measured where."""
+    results.content["verdict"] = verdict
+    results.save()
+    print(head(results.content))
+    print(table)
+    print(verdict)
 
 
 class Record:

@@ -24,13 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.gpu import check_requests, facts  # noqa: E402
-from benchmarks.gpu.cases import MOST_S, UNLIMITED_S, Case, Record, Runner, drive  # noqa: E402
+from benchmarks.gpu import check_requests  # noqa: E402
+from benchmarks.gpu.cases import MOST_S, UNLIMITED_S, Case, Record, Runner, conclude, drive  # noqa: E402
 from benchmarks.gpu.check_compare import TOLERANCES  # noqa: E402
 from benchmarks.gpu.check_requests import CASES  # noqa: E402
 from benchmarks.gpu.check_tables import table, verdicts  # noqa: E402
-from benchmarks.gpu.results import Results  # noqa: E402
-from benchmarks.gpu.tables import head  # noqa: E402
+from benchmarks.gpu.results import begin  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parent / "check_engine.py"
 START_S = 60
@@ -123,21 +122,14 @@ def main() -> int:
     args = parse()
     deadline = time.time() + 60 * args.minutes
     try:
-        known = {"device": facts.device(args.tiny), "versions": facts.versions(), "tiny": args.tiny}
-        record = Record(Results(args.out, known, " ".join(["python", *sys.argv])), args.again)
+        record = Record(begin(args.out, args.tiny, args.commit, tiny=args.tiny), args.again)
     except RuntimeError as error:
         print(error)
         return 1
-    record.results.content["commit"] = args.commit or facts.commit()
-    record.results.save()
     record.results.content["tolerances"] = {name: asdict(allowed) for name, allowed in TOLERANCES.items()}
     check(args, record, deadline)
-    verdict = verdicts(record.results.cells)
-    record.results.content["verdict"] = verdict
-    record.results.save()
-    print(head(record.results.content))
-    print(table(record.results.cells))
-    print(verdict)
+    cells = record.results.cells
+    conclude(record.results, verdicts(cells), table(cells))
     return 0
 
 

@@ -41,7 +41,7 @@ from benchmarks.gpu.processes import (  # noqa: E402
     lines_of,
 )
 from benchmarks.gpu.publishing import Publisher, sizes, take_back  # noqa: E402
-from benchmarks.gpu.results import Results  # noqa: E402
+from benchmarks.gpu.results import Results, begin  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 # Seconds before its end at which a stage's work is over, and at which it is ended by force.
@@ -95,16 +95,7 @@ class Stage:
             RuntimeError: it was made on another device or with other versions.
 
         """
-        same = {"device": facts.device(self.args.tiny), "versions": facts.versions()}
-        results = Results(self.work / f"{name}.json", same, command_line())
-        results.content["commit"] = self.args.commit or facts.commit()
-        results.save()
-        return results
-
-
-def command_line() -> str:
-    """The exact command, to be noted with results."""
-    return " ".join(["python", *sys.argv])
+        return begin(self.work / f"{name}.json", self.args.tiny, self.args.commit)
 
 
 def kinds_of(args: argparse.Namespace) -> list[str]:
@@ -117,10 +108,11 @@ def smoke(stage: Stage) -> None:
     from benchmarks.gpu import smoke as starting
 
     results = stage.results("smoke")
-    if results.content.get("library", facts.library()) != facts.library():
+    library = facts.library()
+    if results.content.get("library", library) != library:
         results.cells.clear()
         results.failures.clear()
-    results.content["library"] = facts.library()
+    results.content["library"] = library
     preparing = start_preparing(stage)
     at_once = 1 if stage.args.tiny else stage.args.at_once
     kinds = kinds_of(stage.args)

@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from benchmarks.gpu import facts  # noqa: E402
 from benchmarks.gpu.answering import Answers  # noqa: E402
 from benchmarks.gpu.cases import (  # noqa: E402
     MOST_S,
@@ -42,6 +41,7 @@ from benchmarks.gpu.cases import (  # noqa: E402
     Case,
     Record,
     Runner,
+    conclude,
     drive,
     run_all,
 )
@@ -53,8 +53,7 @@ from benchmarks.gpu.kernel_plan import BF16, SANITIZED, SEVEN_B, checked_scenes,
 from benchmarks.gpu.kernel_sanitizer import TOOLS, program, sanitize  # noqa: E402
 from benchmarks.gpu.kernel_scenes import make_scene  # noqa: E402
 from benchmarks.gpu.kernel_tables import table, verdicts  # noqa: E402
-from benchmarks.gpu.results import Results  # noqa: E402
-from benchmarks.gpu.tables import head  # noqa: E402
+from benchmarks.gpu.results import begin  # noqa: E402
 
 CHECK, TIME, SANITIZER = "check: ", "time: ", "sanitizer: "
 START_S = 20
@@ -182,20 +181,13 @@ def main() -> int:
         args.seed = secrets.randbelow(1 << 31)
     print(f"seed {args.seed}", flush=True)
     try:
-        known = {"device": facts.device(args.tiny), "versions": facts.versions(), "tiny": args.tiny}
-        record = Record(Results(args.out, known, " ".join(["python", *sys.argv])), args.again)
+        record = Record(begin(args.out, args.tiny, args.commit, tiny=args.tiny), args.again)
     except RuntimeError as error:
         print(error)
         return 1
-    record.results.content["commit"] = args.commit or facts.commit()
-    record.results.save()
     measure(args, record, deadline)
-    verdict = verdicts(record.results.cells)
-    record.results.content["verdict"] = verdict
-    record.results.save()
-    print(head(record.results.content))
-    print(table(record.results.cells))
-    print(verdict)
+    cells = record.results.cells
+    conclude(record.results, verdicts(cells), table(cells))
     if args.tiny:
         print("(interpreted on a CPU: the times mean nothing)")
     return 0

@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import facts
+
 # Another machine with the same card may have another driver, or a few bytes less.
 IDENTITY = ("name", "kind")
+
+
+def begin(file: Path, on_cpu: bool, commit: str | None, /, **same: Any) -> Results:
+    """The results of this process's command, begun or gone on with.
+
+    Args:
+        file: where they are kept.
+        on_cpu: whether a toy run on a CPU is asked for.
+        commit: of the sources, where they are not a checkout.
+        same: what has to be the same besides device and versions.
+
+    Raises:
+        RuntimeError: there is no device, or the file was made on another one or with other versions.
+
+    """
+    known = {"device": facts.device(on_cpu), "versions": facts.versions(), **same}
+    results = Results(file, known, " ".join(["python", *sys.argv]))
+    results.content["commit"] = commit or facts.commit()
+    results.save()
+    return results
 
 
 class Results:
@@ -16,7 +39,7 @@ class Results:
 
     Args:
         file: where it is kept; what it holds is not measured again.
-        facts: what has to be the same for a run to go on: device, versions, scale. Of a device that is its
+        same: what has to be the same for a run to go on: device, versions, scale. Of a device that is its
             name and kind; its driver and memory are noted for every call.
         command: the command line, noted with the date.
 
@@ -25,18 +48,18 @@ class Results:
 
     """
 
-    def __init__(self, file: Path, facts: dict[str, Any], command: str) -> None:
+    def __init__(self, file: Path, same: dict[str, Any], command: str) -> None:
         self.file = file
-        self.content: dict[str, Any] = {**facts, "commands": [], "engines": {}, "cells": {}, "failures": {}}
+        self.content: dict[str, Any] = {**same, "commands": [], "engines": {}, "cells": {}, "failures": {}}
         if file.exists():
             old = json.loads(file.read_text())
-            for key, value in facts.items():
+            for key, value in same.items():
                 if _identity(old.get(key)) != _identity(value):
                     raise RuntimeError(
                         f"{file} was measured with {key} {old.get(key)}, this is {value}; give another --out"
                     )
-            self.content |= old | facts
-        noted = {"device": facts["device"]} if "device" in facts else {}
+            self.content |= old | same
+        noted = {"device": same["device"]} if "device" in same else {}
         self.content["commands"].append({"command": command, "date": date.today().isoformat(), **noted})
         self.save()
 

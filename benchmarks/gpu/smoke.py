@@ -82,11 +82,10 @@ def plan_of(start: Start, size: Size, tiny: bool) -> dict[str, Any]:
     """What a measuring process is told of its engine."""
     section: dict[str, Any] = {"fastv_layer": FASTV_LAYER, "fastv_ratio": start.ratio}
     section["thresholds"] = [MERGE_ALL] * (size.vision_layers - 1)
-    kind = "stock" if start.kind.startswith("stock") else start.kind
     return {
         "kind": start.kind,
         "cuda": not tiny,
-        "overrides": overrides(kind, section),
+        "overrides": overrides(start.kind, section),
         "merges": False,
         "repeats": 1,
         "seed": 0,
