@@ -24,7 +24,7 @@ from openai import APIConnectionError, OpenAI, OpenAIError
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_hybrid.calibrating import load_rgb
+from vllm_hybrid.pictures import load_rgb
 from vllm_hybrid.demo_model import SHIPPED_SERIES
 from vllm_hybrid.demo_scenes import draw_scene
 

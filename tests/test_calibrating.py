@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,12 @@ from vllm_hybrid.calibrating import (
     find_shift,
     live_counts,
     live_schedule,
-    load_rgb,
     score_threshold,
 )
 from vllm_hybrid.journal import Journal
+from vllm_hybrid.pictures import load_rgb
+from vllm_hybrid.progress import Notice
+from vllm_hybrid.stable_batches import stable_batches
 
 PATCHES = 576
 
@@ -164,16 +168,17 @@ def test_calibrated_pictures_keep_the_wanted_tokens(
 
 def test_calibration_repeats(vision_model: Any, image_processor: Any, pictures: list[Path]) -> None:
     """The order in which pictures are listed does not matter, the seed does."""
-    first = calibrate(vision_model, image_processor, pictures, 250, 4, seed=1)
-    assert first == calibrate(vision_model, image_processor, [*reversed(pictures)], 250, 4, seed=1)
-    assert first != calibrate(vision_model, image_processor, pictures, 250, 4, seed=2)
+    some = pictures[:8]
+    first = calibrate(vision_model, image_processor, some, 250, 3, seed=1)
+    assert first == calibrate(vision_model, image_processor, [*reversed(some)], 250, 3, seed=1)
+    assert first != calibrate(vision_model, image_processor, some, 250, 3, seed=2)
 
 
 def test_progress(vision_model: Any, image_processor: Any, pictures: list[Path]) -> None:
     calls: list[tuple[str, int, int]] = []
     calibrate(vision_model, image_processor, pictures[:5], 250, 2, progress=lambda *call: calls.append(call))
-    assert calls[:3] == [("thresholds for 250 tokens", done, 5) for done in (1, 3, 5)]
-    assert calls[3] == ("measuring 250 tokens, shift 0.0", 1, 5)
+    assert calls[:3] == [("thresholds for 250 tokens", done, 5) for done in (2, 4, 5)]
+    assert calls[3] == ("measuring 250 tokens, shift 0.0", 2, 5)
 
 
 def test_calibration_goes_on_where_it_was_cut_off(
@@ -184,11 +189,13 @@ def test_calibration_goes_on_where_it_was_cut_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded: list[Path] = []
+    some = pictures[:8]
     load = calibrating.load_rgb
     monkeypatch.setattr(calibrating, "load_rgb", lambda path: loaded.append(path) or load(path))
-    whole = calibrate(vision_model, image_processor, pictures, 250, 2)
+    whole = calibrate(vision_model, image_processor, some, 250, 2)
     all_loads = len(loaded)
-    for cut in (1, 5, 9):
+    # Batches: 4 of thresholds, then 4 of the first measuring.
+    for cut in (1, 4, 7):
         loaded.clear()
         file = tmp_path / f"{cut}.partial"
 
@@ -197,14 +204,75 @@ def test_calibration_goes_on_where_it_was_cut_off(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            calibrate(
-                vision_model, image_processor, pictures, 250, 2, progress=stop, journal=Journal(file, "w")
-            )
+            calibrate(vision_model, image_processor, some, 250, 2, progress=stop, journal=Journal(file, "w"))
         # A machine that went down in the middle of a line leaves half of it.
         file.write_text(file.read_text() + '["half a li')
-        found = calibrate(vision_model, image_processor, pictures, 250, 2, journal=Journal(file, "w"))
+        found = calibrate(vision_model, image_processor, some, 250, 2, journal=Journal(file, "w"))
         assert found == whole
         assert len(loaded) == all_loads
+
+
+def test_finished_batches_are_kept_when_pictures_come_or_go(
+    tmp_path: Path,
+    vision_model: Any,
+    image_processor: Any,
+    pictures: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    draw: random.Random,
+) -> None:
+    """What is found is what a run of its own finds, and only batches with other pictures are computed."""
+    loaded: list[str] = []
+    load, seed = calibrating.load_rgb, draw.randrange(1000)
+    monkeypatch.setattr(calibrating, "load_rgb", lambda path: loaded.append(path.name) or load(path))
+    # Measuring starts again with other pictures.
+    monkeypatch.setattr(calibrating, "find_shift", lambda average, tokens: (0.0, tokens))
+
+    def thresholds(files: list[Path], journal: Path | None = None) -> list[float]:
+        loaded.clear()
+        kept = None if journal is None else Journal(journal, "w")
+        return calibrate(vision_model, image_processor, files, 250, 2, seed, journal=kept, folder=folder)
+
+    def sets(files: list[Path]) -> set[frozenset[str]]:
+        names = [file.name for file in files]
+        return {frozenset(names[n] for n in batch) for batch in stable_batches(names, 2, seed)}
+
+    folder, file, all_of_them = pictures[0].parent, tmp_path / "t.partial", pictures[:9]
+    thresholds(all_of_them, file)
+    assert sorted(loaded) == sorted(f.name for f in all_of_them)
+    gone = draw.choice(all_of_them)
+    fewer = [f for f in all_of_them if f != gone]
+    found = thresholds(fewer, file)
+    changed = sets(fewer) - sets(all_of_them)
+    assert sorted(loaded) == sorted(name for batch in changed for name in batch)
+    assert found == thresholds(fewer)
+    # A file that was written anew is another one, though it has the same name.
+    touched = draw.choice(fewer)
+    os.utime(touched, ns=(touched.stat().st_atime_ns, touched.stat().st_mtime_ns + 1))
+    assert thresholds(fewer, file) == found
+    assert touched.name in loaded and len(loaded) <= 2
+
+
+def test_thresholds_do_not_depend_on_where_the_pictures_lie(
+    tmp_path: Path,
+    vision_model: Any,
+    image_processor: Any,
+    pictures: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibrating, "find_shift", lambda average, tokens: (0.0, tokens))
+    moved = [Path(shutil.copy(picture, tmp_path)) for picture in pictures[:6]]
+    assert calibrate(vision_model, image_processor, moved, 250, 2) == calibrate(
+        vision_model, image_processor, pictures[:6], 250, 2
+    )
+
+
+def test_a_picture_that_vanishes_is_named(
+    tmp_path: Path, vision_model: Any, image_processor: Any, pictures: list[Path]
+) -> None:
+    gone = tmp_path / "gone.png"
+    for journal in (None, Journal(tmp_path / "t.partial", "w")):
+        with pytest.raises(ValueError, match=r"gone\.png cannot be read as a picture \(No such file"):
+            calibrate(vision_model, image_processor, [*pictures[:2], gone], 250, journal=journal)
 
 
 def test_a_journal_of_other_work_is_begun_anew(tmp_path: Path) -> None:
@@ -223,7 +291,7 @@ def test_a_miss_is_told(
 ) -> None:
     """Where no shift reaches the number, as with pictures that merge in one leap, the user learns it."""
     monkeypatch.setattr(calibrating, "find_shift", lambda average, tokens: (0.125, 206.4))
-    with pytest.warns(UserWarning, match=r"keep 206\.4 tokens on average instead of 200"):
+    with pytest.warns(Notice, match=r"keep 206\.4 tokens on average instead of 200"):
         shifted = calibrate(vision_model, image_processor, pictures[:2], 200)
     monkeypatch.setattr(calibrating, "find_shift", lambda average, tokens: (0.0, 205.6))
     with warnings.catch_warnings():
@@ -269,39 +337,3 @@ def test_shift_is_found(draw: random.Random, scale: float, offset: float) -> Non
 
 def test_the_nearest_is_taken_where_a_step_leaps_over_the_number() -> None:
     assert find_shift(lambda shift: 90 if shift < 0.033 else 150, 100)[1] == 90
-
-
-# ---- pictures -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
-def test_any_mode_becomes_rgb(tmp_path: Path, mode: str, image_processor: Any) -> None:
-    path = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
-    Image.new("L", (50, 31), 255).convert(mode).save(path)
-    image = load_rgb(path)
-    assert (image.mode, image.size) == ("RGB", (50, 31))
-    if mode not in ("CMYK", "I;16"):
-        assert image.getpixel((3, 3)) == (255, 255, 255)
-    assert image_processor(images=[image], return_tensors="pt")["pixel_values"].shape == (1, 3, 336, 336)
-
-
-def test_transparent_parts_are_white(tmp_path: Path) -> None:
-    image = Image.new("RGBA", (4, 2), (200, 0, 0, 255))
-    image.putpixel((0, 0), (10, 20, 30, 0))
-    image.save(tmp_path / "picture.png")
-    loaded = load_rgb(tmp_path / "picture.png")
-    assert (loaded.getpixel((0, 0)), loaded.getpixel((1, 0))) == ((255, 255, 255), (200, 0, 0))
-    palette = Image.new("P", (2, 1), 1)
-    palette.putpalette([0, 0, 0, 9, 9, 9])
-    palette.putpixel((0, 0), 0)
-    palette.save(tmp_path / "palette.png", transparency=0)
-    loaded = load_rgb(tmp_path / "palette.png")
-    assert (loaded.getpixel((0, 0)), loaded.getpixel((1, 0))) == ((255, 255, 255), (9, 9, 9))
-
-
-def test_pictures_stand_upright(tmp_path: Path) -> None:
-    image = Image.new("RGB", (40, 20))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert load_rgb(tmp_path / "turned.jpg").size == (20, 40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import vllm_hybrid
+from tests.conftest import Made
 from tests.tiny_checkpoints import write_checkpoint
 from vllm_hybrid import cli
 from vllm_hybrid.demo_pictures import write_pictures
@@ -100,6 +102,32 @@ def test_calibrate(
     assert not (tmp_path / "t.json.partial").exists()
 
 
+def test_calibrate_with_files_that_are_no_pictures(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What macOS leaves beside pictures, notes, and a broken picture: said, and left out on request."""
+    folder, out = tmp_path / "pictures", tmp_path / "t.json"
+    write_pictures(folder)
+    wanted = ["calibrate", plain, "--images", folder, "--tokens", "200", "--batch-size", "4", "--out", out]
+    assert command(monkeypatch, *wanted) == 0
+    clean = json.loads(out.read_text())
+    (folder / "._wall.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    (folder / "notes [1].txt").touch()
+    (folder / "[broken].png").write_bytes(b"no picture")
+    capsys.readouterr()
+    assert command(monkeypatch, *wanted) == 1
+    passed = f"vllm-hybrid: warning: {folder}: passed over 2 entries: 1 .txt, 1 hidden"
+    bad = f"1 of 9 files cannot be read as pictures: {folder}/[broken].png (its format is not known)"
+    lines = capsys.readouterr().err.splitlines()
+    assert passed in lines and lines[-1].startswith(f"vllm-hybrid: error: {bad}; remove or convert them, or ")
+    assert not any("thresholds for" in line for line in lines)
+    assert command(monkeypatch, *wanted, "--skip-unreadable") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert passed in lines and f"vllm-hybrid: warning: {bad}; left out" in lines
+    # The broken file has no part in anything, how pictures are dealt out included.
+    assert json.loads(out.read_text()) == clean
+
+
 def test_calibrate_several_levels(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,7 +157,23 @@ def test_calibrate_several_levels(
             ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "90", "--out", "no/t"],
             "no is no folder",
         ),
-        (["calibrate", "PLAIN", "--images", "broken", "--tokens", "90"], "cannot be read as a picture"),
+        (
+            ["calibrate", "PLAIN", "--images", "broken", "--tokens", "90"],
+            "1 of 1 files cannot be read as pictures: broken/a.png (its format is not known)",
+        ),
+        (
+            ["prepare", "PLAIN", "out", "--images", "broken", "--tokens", "90"],
+            "1 of 1 files cannot be read as pictures: broken/a.png",
+        ),
+        (
+            ["prepare", "PLAIN", "out", "--skip-unreadable"],
+            "--skip-unreadable has no effect without --images",
+        ),
+        (["show", "PLAIN", "broken/a.png"], "broken/a.png cannot be read as a picture"),
+        (
+            ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "a=90", "--tokens", "b=1000"],
+            "1000 live tokens cannot be had",
+        ),
         (["calibrate", "PLAIN", "--images", "pictures", "--tokens", "many"], "'many' is no number of tokens"),
         (
             ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "90", "--tokens", "mid=195"],
@@ -165,14 +209,52 @@ def test_mistakes_are_one_sentence(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_demo_model(tmp_path: Path) -> None:
-    out = tmp_path / "llava-hybrid"
-    call = [sys.executable, "-m", "vllm_hybrid.cli", "demo-model", str(out)]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["prepare", "calibrate"])
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", b'{"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava"}', "own format"),
+        (
+            "model.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "git-LFS pointer",
+        ),
+        ("model.safetensors", b"no weights at all", "is cut off or damaged"),
+        ("model.safetensors.index.json", b'{"metadata": {}}', "has no weight_map"),
+    ],
+)
+def test_broken_checkpoints_are_one_sentence(
+    plain: Path,
+    name: str,
+    file: str,
+    content: bytes,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(plain, source)
+    (source / file).write_bytes(content)
+    write_pictures(tmp_path / "pictures")
+    before = sorted(tmp_path.rglob("*"))
+    more = {
+        "prepare": [tmp_path / "out"],
+        "calibrate": ["--images", tmp_path / "pictures", "--tokens", "200", "--out", tmp_path / "t.json"],
+    }
+    assert command(monkeypatch, name, source, *more[name]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vllm-hybrid: error: ") and message in error
+    assert error.count("\n") == 1 and "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_demo_model(demo_made: Made) -> None:
+    out, done = demo_made
     assert done.returncode == 0, done.stderr
     assert f"vllm serve {out}" in done.stdout
     assert (out / "model.safetensors").is_file()
-    assert [f.name for f in tmp_path.iterdir()] == ["llava-hybrid"]
+    assert [f.name for f in out.parent.iterdir()] == ["llava-hybrid"]
 
 
 # ---- the demo client ------------------------------------------------------------------------------

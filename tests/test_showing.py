@@ -73,6 +73,7 @@ def test_a_long_answer_is_wrapped_under_the_panels() -> None:
     assert long.height > short.height > 300
 
 
+@pytest.mark.engine
 def test_show_draws_what_the_engine_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = write_checkpoint(tmp_path / "plain", seed=5)
     thresholds = pick_thresholds(plain, list(make_images().values()), [0.4, 0.4, 0.4])

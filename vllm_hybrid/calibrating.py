@@ -13,25 +13,27 @@ calibration pictures themselves, takes the drift out and leaves the layers' prop
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
+import json
 import math
-import random
+import os
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageOps
 from torch import nn
 
 from .journal import Journal
 from .merging import PackedTokens
+from .pictures import load_rgb
+from .progress import Notice, Progress
+from .stable_batches import stable_batches
 from .tower import encode, executed_layers, run_tower
-
-Progress = Callable[[str, int, int], None]
 
 # How many merges fall to each layer, relative to the others: alike, or ever more towards the last.
 SCHEDULES: dict[str, Callable[[int], float]] = {
@@ -57,45 +59,47 @@ def calibrate(
     feature_layer: int = -2,
     schedule: str = "constant",
     journal: Journal | None = None,
+    folder: str | Path | None = None,
 ) -> list[float]:
     """Find thresholds that leave ``tokens`` live tokens per picture on average.
 
     Args:
         vision_model: a transformers ``CLIPVisionModel``; works on its device.
-        image_processor: turns PIL images into ``pixel_values``; LLaVA-1.5's own.
+        image_processor: turns PIL images into ``pixel_values``; the checkpoint's own.
         image_paths: the pictures, of any size and mode. A few hundred that resemble the later ones.
         tokens: wanted average, from what the layers can reach to one less than there are patches.
         batch_size: pictures that share a budget, and that run at once.
-        seed: shuffles the pictures into batches.
+        seed: deals the pictures out to batches. Picture by picture, so that one more or less leaves most
+            batches, and what a journal knows of them, as they are.
         progress: called as progress(stage, pictures done, pictures) after each batch.
         feature_layer: LLaVA's ``vision_feature_layer``.
         schedule: one of SCHEDULES.
-        journal: where every batch's results go as they are found, and come from where they are known.
+        journal: where every batch's results go as they are found, and come from where they are known:
+            those of the same files (names, sizes, times of change), tokens and schedule. Anything else that
+            they depend on is to be the journal's ``work``.
+        folder: pictures are named by their place in it; left out, in the innermost that holds them all.
 
     Returns:
-        One threshold per executed layer. The same arguments give the same thresholds. A warning says so
-        where the pictures' average stays more than 3% off.
+        One threshold per executed layer. The same arguments give the same thresholds, wherever the folder
+        lies. A Notice says so where the pictures' average stays more than 3% off.
 
     Raises:
         ValueError: no picture, an unreadable one, or a number that cannot be reached.
 
     """
-    if batch_size < 1:
-        raise ValueError(f"the batch size is {batch_size}; give at least 1")
+    wanted = check_wanted(vision_model, tokens, batch_size, feature_layer, schedule)
     if not image_paths:
         raise ValueError("there are no calibration pictures; give at least one")
-    tower: Any = getattr(vision_model, "vision_model", vision_model)
-    layers = executed_layers(len(tower.encoder.layers), feature_layer)
-    wanted = live_schedule(tower.embeddings.num_patches, tokens, layers, schedule)
-    shuffled = sorted(image_paths, key=str)
-    random.Random(seed).shuffle(shuffled)
-    batches = _Batches(vision_model, image_processor, _parted(shuffled, batch_size), progress)
+    pictures = _named(image_paths, folder)
+    numbers = stable_batches([picture.name for picture in pictures], batch_size, seed)
+    dealt = [[pictures[number] for number in batch] for batch in numbers]
+    batches = _Batches(vision_model, image_processor, dealt, progress)
     kept = Journal(None, None) if journal is None else journal
 
     def of_batch(pixel_values: torch.Tensor) -> list[float]:
         return batch_thresholds(vision_model, pixel_values, wanted, feature_layer)
 
-    found = batches.results(f"thresholds for {tokens} tokens", of_batch, kept)
+    found = batches.results(f"thresholds for {tokens} tokens", of_batch, kept, [tokens, schedule])
     thresholds = [statistics.fmean(layer) for layer in zip(*found, strict=True)]
 
     def average(shift: float) -> float:
@@ -105,13 +109,14 @@ def calibrate(
             return encode(vision_model, pixel_values, shifted, feature_layer).lengths.tolist()
 
         stage = f"measuring {tokens} tokens, shift {shift!r}"
-        return statistics.fmean(itertools.chain(*batches.results(stage, counts, kept)))
+        return statistics.fmean(itertools.chain(*batches.results(stage, counts, kept, shifted)))
 
     shift, reached = find_shift(average, tokens)
     if abs(reached - tokens) > 0.03 * tokens:
         warnings.warn(
             f"the calibration pictures keep {reached:.1f} tokens on average instead of {tokens}; "
             "give more, or more varied, pictures",
+            Notice,
             stacklevel=2,
         )
     return [t + shift for t in thresholds]
@@ -145,8 +150,36 @@ def live_counts(
     def counts(pixel_values: torch.Tensor) -> list[int]:
         return encode(vision_model, pixel_values, thresholds, feature_layer).lengths.tolist()
 
-    batches = _Batches(vision_model, image_processor, _parted(image_paths, batch_size), progress)
-    return list(itertools.chain(*batches.results("measuring", counts, Journal(None, None))))
+    pictures = [_Picture(path, str(path)) for path in image_paths]
+    parts = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]
+    batches = _Batches(vision_model, image_processor, parts, progress)
+    return list(itertools.chain(*batches.results("measuring", counts, Journal(None, None), None)))
+
+
+def check_wanted(
+    vision_model: nn.Module, tokens: int, batch_size: int, feature_layer: int = -2, schedule: str = "constant"
+) -> list[float]:
+    """Whether :func:`calibrate` can reach a number, without looking at pictures.
+
+    Args:
+        vision_model: see :func:`calibrate`; so are the others.
+        tokens: see there.
+        batch_size: see there.
+        feature_layer: see there.
+        schedule: see there.
+
+    Returns:
+        Average live tokens wanted after each executed layer.
+
+    Raises:
+        ValueError: an argument is wrong, or the number cannot be reached.
+
+    """
+    if batch_size < 1:
+        raise ValueError(f"the batch size is {batch_size}; give at least 1")
+    tower: Any = getattr(vision_model, "vision_model", vision_model)
+    layers = executed_layers(len(tower.encoder.layers), feature_layer)
+    return live_schedule(tower.embeddings.num_patches, tokens, layers, schedule)
 
 
 def live_schedule(patches: int, tokens: int, layers: int, schedule: str = "constant") -> list[float]:
@@ -271,23 +304,11 @@ def find_shift(average: Callable[[float], float], tokens: float) -> tuple[float,
     return best(), tried[best()]
 
 
-def load_rgb(path: str | Path) -> Image.Image:
-    """Read a picture as the server does: upright, RGB, transparent parts white.
+class _Picture(NamedTuple):
+    """A picture file, and the name by which it is known wherever it lies."""
 
-    Raises:
-        ValueError: the file is no readable picture.
-
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image).convert("RGB")
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}); remove it or convert it") from error
+    path: str | Path
+    name: str
 
 
 @dataclass
@@ -296,31 +317,58 @@ class _Batches:
 
     vision_model: nn.Module
     image_processor: Any
-    paths: list[Sequence[str | Path]]
+    batches: Sequence[Sequence[_Picture]]
     progress: Progress | None
 
     def results(
-        self, stage: str, compute: Callable[[torch.Tensor], list[Any]], journal: Journal
+        self, stage: str, compute: Callable[[torch.Tensor], list[Any]], journal: Journal, work: Any
     ) -> list[list[Any]]:
-        """One result a batch; a batch whose result the journal knows is not loaded."""
-        results, done, pictures = [], 0, sum(map(len, self.paths))
-        for number, paths in enumerate(self.paths):
-            of_batch = functools.partial(self._result, compute, paths)
-            results.append(journal.result(f"{stage}, batch {number}", of_batch))
-            done += len(paths)
+        """One result a batch; a batch whose result the journal knows is not loaded.
+
+        Args:
+            stage: what is reported to progress.
+            compute: the result from pixel values.
+            journal: keeps the results.
+            work: what the results depend on beside the pixels, as plain JSON.
+
+        """
+        results, done, pictures = [], 0, sum(map(len, self.batches))
+        for batch in self.batches:
+            of_batch = functools.partial(self._result, compute, batch)
+            if journal.keeps:
+                results.append(journal.result(_batch_name(work, batch), of_batch))
+            else:
+                results.append(of_batch())
+            done += len(batch)
             if self.progress is not None:
                 self.progress(stage, done, pictures)
         return results
 
-    def _result(self, compute: Callable[[torch.Tensor], list[Any]], paths: Sequence[str | Path]) -> list[Any]:
-        return compute(_pixel_values(self.vision_model, self.image_processor, paths))
+    def _result(self, compute: Callable[[torch.Tensor], list[Any]], batch: Sequence[_Picture]) -> list[Any]:
+        return compute(_pixel_values(self.vision_model, self.image_processor, [p.path for p in batch]))
 
 
-def _parted(paths: Sequence[str | Path], batch_size: int) -> list[Sequence[str | Path]]:
-    """The pictures in batches whose sizes differ by at most 1."""
-    number = math.ceil(len(paths) / batch_size)
-    borders = [len(paths) * i // number for i in range(number + 1)]
-    return [paths[start:stop] for start, stop in itertools.pairwise(borders)]
+def _named(paths: Sequence[str | Path], folder: str | Path | None) -> list[_Picture]:
+    """Files by their places inside a folder, or else inside the innermost one that holds them all."""
+    if folder is None:
+        folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return [_Picture(path, Path(os.path.relpath(path, folder)).as_posix()) for path in paths]
+
+
+def _batch_name(work: Any, batch: Sequence[_Picture]) -> str:
+    """A journal's name for what was computed from a batch; another one where a file has changed."""
+    told = json.dumps([work, [_stamp(picture) for picture in batch]])
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+
+
+def _stamp(picture: _Picture) -> list[Any]:
+    try:
+        status = os.stat(picture.path)
+    except OSError as error:
+        raise ValueError(
+            f"{picture.path} cannot be read as a picture ({error.strerror}); start again without it"
+        ) from error
+    return [picture.name, status.st_size, status.st_mtime_ns]
 
 
 def _pixel_values(vision_model: nn.Module, image_processor: Any, paths: Sequence[str | Path]) -> torch.Tensor:

@@ -27,6 +27,9 @@ Tokens = Annotated[
     int | None, typer.Option(help="Live tokens per picture, on average, that calibration is to reach.")
 ]
 Images = Annotated[Path | None, typer.Option(help="Folder of pictures to calibrate on.")]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Calibrate without the pictures that cannot be read.")
+]
 
 
 def main() -> None:
@@ -78,6 +81,7 @@ def prepare(
     level: Annotated[str | None, typer.Option(help="The level to serve, where the file has several.")] = None,
     images: Images = None,
     tokens: Tokens = None,
+    skip_unreadable: SkipUnreadable = False,
     fastv_layer: Annotated[
         int | None, typer.Option(help="Decoder layers before image tokens are dropped; 2 if left out.")
     ] = None,
@@ -104,6 +108,7 @@ def prepare(
             fastv_ratio=fastv_ratio,
             force=force,
             progress=progress,
+            skip_unreadable=skip_unreadable,
         )
     merging = f"level {hybrid.level}" if hybrid.merges and hybrid.level else "on" if hybrid.merges else "off"
     pruning = f"{hybrid.fastv_ratio:g} after layer {hybrid.fastv_layer}" if hybrid.prunes else "off"
@@ -130,15 +135,17 @@ def calibrate(
         str, typer.Option(help="Which layers merge more: constant (all alike) or reverse-linear (late ones).")
     ] = "constant",
     batch_size: Annotated[int, typer.Option(help="Pictures that share a merging budget.")] = 16,
-    seed: Annotated[int, typer.Option(help="Shuffles the pictures into batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Deals the pictures out to batches.")] = 0,
+    skip_unreadable: SkipUnreadable = False,
 ) -> None:
     """Find merge thresholds that leave TOKENS live tokens of a picture on average.
 
-    With --out, a run that was cut off goes on where it was: what it found lies in OUT.partial.
+    With --out, a run that was cut off goes on where it was, also with pictures added or taken away: what it
+    found lies in OUT.partial.
     """
     import json
 
-    from .preparing import calibrate_checkpoint, find_pictures
+    from .preparing import calibrate_checkpoint
     from .threshold_files import parse_levels, write_thresholds
 
     if out is not None and not out.absolute().parent.is_dir():
@@ -146,13 +153,14 @@ def calibrate(
     levels = parse_levels(tokens)
     journal = None if out is None else out.with_name(out.name + ".partial")
     with _progress() as progress:
-        found = calibrate_checkpoint(
-            checkpoint, images, levels, batch_size, seed, progress, schedule, journal
+        calibration = calibrate_checkpoint(
+            checkpoint, images, levels, batch_size, seed, progress, schedule, journal, skip_unreadable
         )
+    found = calibration.thresholds
     if out is None:
         print(json.dumps(found[""] if list(found) == [""] else found))
         return
-    write_thresholds(out, found, levels, len(find_pictures(images)))
+    write_thresholds(out, found, levels, calibration.pictures)
     for level, thresholds in found.items():
         named = f", level {level}" if level else ""
         print(f"{out}{named}: {len(thresholds)} thresholds for {levels[level]} tokens on average")
@@ -169,7 +177,7 @@ def show(
     dtype: Annotated[str, typer.Option(help="Number format, as for vllm serve.")] = "auto",
 ) -> None:
     """Draw what is merged and dropped of a picture for a question, with both models' answers."""
-    from .calibrating import load_rgb
+    from .pictures import load_rgb
     from .showing import show as draw_sheet
 
     if not out.absolute().parent.is_dir():

@@ -40,6 +40,11 @@ class Journal:
         part.write_text("".join(line + "\n" for line in [first, *map(_line, self._known.items())]))
         os.replace(part, self.path)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether results are kept at all."""
+        return self.path is not None
+
     def __len__(self) -> int:
         """How many results are known."""
         return len(self._known)

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .checkpoint import load_config
+from .checkpoint import check_checkpoint, load_config
+from .image_processor import load_image_processor
+from .pictures import to_rgb
 from .regions import enlarged, kept_regions, merged_regions, side_by_side
 
 
@@ -58,13 +60,13 @@ def show(
         ValueError: the checkpoint reduces nothing, or cannot be served.
 
     """
-    hybrid = getattr(load_config(checkpoint), "hybrid", None)
+    hybrid = getattr(check_checkpoint(checkpoint), "hybrid", None)
     if not hybrid:
         raise ValueError(
             f"{checkpoint} has no hybrid section, so there is nothing to show; make one with prepare"
         )
     reduced_section = hybrid | ({"level": level} if level else {})
-    picture = picture.convert("RGB")
+    picture = to_rgb(picture)
     reduced = _in_own_process(str(checkpoint), reduced_section, picture, question, tokens, dtype)
     full = _in_own_process(str(checkpoint), None, picture, question, tokens, dtype)
     if reduced.owner is None or reduced.kept is None:
@@ -89,10 +91,13 @@ def draw(picture: Image.Image, question: str, reduced: Seen, full: Seen) -> Imag
 
 
 def as_the_tower_sees(checkpoint: str | Path, picture: Image.Image) -> Image.Image:
-    """The picture after the checkpoint's own resizing and cropping."""
-    from transformers import CLIPImageProcessor
+    """The picture after the checkpoint's own resizing, cropping and padding: RGB, a square.
 
-    processor = CLIPImageProcessor.from_pretrained(str(checkpoint))
+    Raises:
+        ValueError: the checkpoint has no configuration or image processor that can be used.
+
+    """
+    processor = load_image_processor(checkpoint, load_config(checkpoint).vision_config.image_size)
     pixels = processor(picture, return_tensors="np", do_normalize=False, do_rescale=False)["pixel_values"][0]
     return Image.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 

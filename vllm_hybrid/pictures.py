@@ -1,0 +1,260 @@
+"""Picture files: which files of a folder are pictures, and their pixels as the server sees them.
+
+vLLM's own reader reads them, so that what is calibrated and shown is what is served, however odd the file:
+its EXIF orientation, transparency, mode and number of frames are treated in one place.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from .progress import Notice, Progress
+
+# What phones write. The server takes none of it, whoever sends it converts it first; Pillow reads it with a
+# plugin.
+HEIF_SUFFIXES = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
+HEIF_PLUGIN = "pillow-heif"
+_HEIF_HINT = f" (install {HEIF_PLUGIN} to read them)"
+# Files named in a sentence, and kinds of files counted in one.
+MOST_NAMED = 3
+MOST_KINDS = 6
+# Large pictures at once are much memory; more threads read little faster.
+MOST_THREADS = 8
+
+
+def load_rgb(path: str | Path) -> Image.Image:
+    """Read a picture file as the server reads the same bytes.
+
+    Returns:
+        RGB and nothing but pixels: upright by its EXIF orientation where that can be read, transparent parts
+        white, of several frames the first.
+
+    Raises:
+        ValueError: the file is missing or is no picture that can be read.
+
+    """
+    try:
+        return _read(Path(path).read_bytes())
+    except Exception as error:  # Pillow's readers raise whatever they stumble over in a broken file.
+        raise ValueError(
+            f"{path} cannot be read as a picture ({_reason(path, error)}); remove it or convert it"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture in memory as the server treats it; see :func:`load_rgb`.
+
+    Raises:
+        OSError: its file, which Pillow reads late, is broken.
+
+    """
+    convert = _vllm_image()
+    upright = convert.normalize_image(image)
+    upright.load()
+    return _only_pixels(convert.convert_image_mode(upright, "RGB"))
+
+
+def picture_suffixes() -> frozenset[str]:
+    """Suffixes, in lower case and with their dot, of the files that :func:`load_rgb` can read."""
+    Image.init()
+    readable = {name for name in _vllm_image().ALLOWED_IMAGE_FORMATS if name in Image.OPEN}
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in readable}
+    return frozenset(suffixes | HEIF_SUFFIXES if _reads_heif() else suffixes - HEIF_SUFFIXES)
+
+
+def find_pictures(folder: str | Path) -> list[Path]:
+    """The picture files in a folder and the folders in it, in the order of their paths.
+
+    Hidden files and folders (their names begin with a dot, as those that macOS writes beside each file of a
+    foreign disk), linked folders and files with other suffixes are passed over; a Notice counts them.
+
+    Raises:
+        ValueError: there is no such folder, or no picture in it.
+        OSError: a folder in it cannot be listed.
+
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder; give a folder of pictures")
+    suffixes, files, passed = picture_suffixes(), list[Path](), Counter[str]()
+    for file, kind in _listed(Path(folder)):
+        if kind in suffixes:
+            files.append(file)
+        else:
+            passed[kind] += 1
+    if not files:
+        found = f", only {_counted(passed)}" if passed else ""
+        raise ValueError(f"{folder} holds no pictures{found}; give a folder of pictures")
+    if passed:
+        warnings.warn(f"{folder}: passed over {_counted(passed)}", Notice, stacklevel=2)
+    return sorted(files)
+
+
+def readable_pictures(
+    files: Sequence[Path], skip_unreadable: bool = False, progress: Progress | None = None
+) -> list[Path]:
+    """The files that can be read, each read whole to know it.
+
+    Args:
+        files: picture files.
+        skip_unreadable: leave out what cannot be read, and say so by a Notice.
+        progress: called as progress(stage, pictures done, pictures).
+
+    Returns:
+        The readable files in the order of ``files``.
+
+    Raises:
+        ValueError: a file cannot be read and none are to be left out, or none can be read; one sentence
+            says how many and names the first few.
+
+    """
+    bad = _unreadable(files, progress)
+    if not bad:
+        return list(files)
+    named = ", ".join(f"{file} ({reason})" for file, reason in list(bad.items())[:MOST_NAMED])
+    more = f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
+    told = f"{len(bad)} of {len(files)} files cannot be read as pictures: {named}{more}"
+    if not skip_unreadable:
+        raise ValueError(f"{told}; remove or convert them, or leave them out with --skip-unreadable")
+    if len(bad) == len(files):
+        raise ValueError(f"{told}; give a folder of pictures")
+    warnings.warn(f"{told}; left out", Notice, stacklevel=2)
+    return [file for file in files if file not in bad]
+
+
+def _unreadable(files: Sequence[Path], progress: Progress | None) -> dict[Path, str]:
+    """What cannot be read, and why."""
+    # Before there are threads: imports and Pillow's list of formats are not made for them.
+    picture_suffixes()
+    threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    bad: dict[Path, str] = {}
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for done, (file, reason) in enumerate(zip(files, pool.map(_fault, files), strict=True), start=1):
+            if reason is not None:
+                bad[file] = reason
+            if progress is not None:
+                progress("reading pictures", done, len(files))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return bad
+
+
+def _fault(file: Path) -> str | None:
+    try:
+        load_rgb(file)
+    except ValueError as error:
+        assert error.__cause__ is not None
+        return _reason(file, error.__cause__)
+    return None
+
+
+def _reason(path: str | Path, error: BaseException) -> str:
+    """Why a file cannot be read, without the type and the address of what Pillow held it in."""
+    cause = error.__cause__ or error
+    if isinstance(cause, UnidentifiedImageError):
+        if Path(path).suffix.lower() in HEIF_SUFFIXES and not _reads_heif():
+            return f"install {HEIF_PLUGIN} to read it"
+        return "its format is not known"
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
+
+
+def _read(data: bytes) -> Image.Image:
+    try:
+        return _only_pixels(_vllm_reader().load_bytes(data).media)
+    except ValueError as error:
+        if not isinstance(error.__cause__, UnidentifiedImageError) or not _reads_heif():
+            raise
+    with Image.open(BytesIO(data), formats=("HEIF",)) as image:
+        return to_rgb(image)
+
+
+def _only_pixels(image: Image.Image) -> Image.Image:
+    """A copy without EXIF and the like, which nobody behind can misread or read a second time."""
+    bare = Image.new(image.mode, image.size)
+    bare.paste(image)
+    return bare
+
+
+def _listed(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Files below a folder, each with its suffix in lower case, or else why it is none to look at."""
+    for place, folders, files in os.walk(folder, onerror=_raise):
+        folders.sort()
+        hidden = any(part.startswith(".") for part in Path(place).relative_to(folder).parts)
+        for name in folders:
+            if (Path(place) / name).is_symlink():
+                yield Path(place) / name, "linked folder"
+        for name in files:
+            file = Path(place) / name
+            # A link to nothing is a picture that cannot be read, not one that is not there.
+            if hidden or name.startswith("."):
+                yield file, "hidden"
+            elif file.is_file() or file.is_symlink():
+                yield file, file.suffix.lower() or "without a suffix"
+            else:
+                yield file, "special"
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _counted(kinds: Counter[str]) -> str:
+    """For example: 12 files: 1 .heic (install pillow-heif to read them), 9 .txt, 2 hidden."""
+    ordered = sorted(kinds, key=lambda kind: (kind not in HEIF_SUFFIXES, -kinds[kind], kind))
+    parts = [f"{kinds[kind]} {kind}" + (_HEIF_HINT if kind in HEIF_SUFFIXES else "") for kind in ordered]
+    others = kinds.total() - sum(kinds[kind] for kind in ordered[:MOST_KINDS])
+    shown = [*parts[:MOST_KINDS], *([f"{others} of other kinds"] if others else [])]
+    return f"{kinds.total()} {'entry' if kinds.total() == 1 else 'entries'}: {', '.join(shown)}"
+
+
+@functools.cache
+def _reads_heif() -> bool:
+    """Whether Pillow reads HEIF, which takes a plugin that is not everywhere."""
+    try:
+        register = importlib.import_module("pillow_heif").register_heif_opener
+    except ImportError:
+        return False
+    register()
+    return True
+
+
+@functools.cache
+def _vllm_image() -> Any:
+    """vLLM's functions on pictures."""
+    with _quiet_logs():
+        from vllm.multimodal import image
+    return image
+
+
+@functools.cache
+def _vllm_reader() -> Any:
+    """What vLLM reads the pictures of requests with."""
+    with _quiet_logs():
+        from vllm.multimodal.media.image import ImageMediaIO
+    return ImageMediaIO()
+
+
+@contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """What vLLM logs about its build when it is imported is no part of a command's output."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
