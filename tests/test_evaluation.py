@@ -16,12 +16,26 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from openai.resources.chat.completions import AsyncCompletions
 from PIL import Image
 
 from tests.openai_server import FakeServer, fake_server
 from vllm_hybrid import cli
+from vllm_hybrid.evaluation.left_out import (
+    BAD_PICTURE,
+    NO_ANSWER,
+    NO_INDEX,
+    NO_OWNER,
+    NO_PICTURE,
+    NO_QUESTION,
+    NOT_A_TABLE,
+    NOT_TEXT,
+    OTHER_CELLS,
+    SAME_INDEX,
+)
 from vllm_hybrid.evaluation.predictions import Prediction, Predictions
 from vllm_hybrid.evaluation.prompts import CAPTION, SHORT_CAPTION
 from vllm_hybrid.evaluation.scoring import exact_match, score, vqa_score
@@ -150,7 +164,7 @@ def test_rows_have_pictures_references_and_questions(tmp_path: Path) -> None:
         {"index": "10", "image": repr([red, green]), "question": "two", "answer": "4"},
     ]
     data = read_data(write_tsv(tmp_path / "Toy.tsv", rows))
-    assert (data.name, data.asks, data.left_out) == ("Toy", True, 1)
+    assert (data.name, data.asks, data.left_out) == ("Toy", True, {NO_PICTURE: ["row 8"]})
     assert [row.index for row in data.rows] == ["7", "9", "10"]
     assert [row.references for row in data.rows] == [["a", "it's"], ["[no list"], ["4"]]
     assert [row.cells["question"] for row in data.rows] == ["one\nline more?", "ünï\tcode", "two"]
@@ -176,9 +190,12 @@ def test_pictures_may_be_files(tmp_path: Path) -> None:
         ([{"index": "1", "answer": "a"}], "has no column image or image_path; it has index, answer"),
         ([{"index": "1", "image": "x"}], "has no column answer or answers"),
         ([{"id": "1", "image": "x", "answer": "a"}], "has no column index"),
-        ([{"index": "1", "image": "x", "answer": ""}], "row 1 of .* has no answer"),
-        ([{"index": "1", "image": "x", "answer": "a"}] * 2, "has two rows 1"),
-        ([{"index": "1", "image": "", "answer": "a"}], "has no row with a picture"),
+        (
+            [{"index": str(n), "image": picture("red"), "answer": ""} for n in range(2)],
+            "has no row that can be asked and scored; left out: 2 rows without an answer",
+        ),
+        ([{"index": "1", "image": "", "answer": "a"}], "left out: 1 row without a picture, which is row 1"),
+        ([{"index": "1", "image": "4", "answer": "a"}], "1 row with the picture of a row that has none"),
     ],
 )
 def test_what_is_wrong_with_a_data_file(rows: list[dict[str, str]], message: str, tmp_path: Path) -> None:
@@ -186,16 +203,70 @@ def test_what_is_wrong_with_a_data_file(rows: list[dict[str, str]], message: str
         read_data(write_tsv(tmp_path / "Toy.tsv", rows))
 
 
-def test_a_reference_to_a_missing_row(tmp_path: Path) -> None:
-    data = read_data(write_tsv(tmp_path / "Toy.tsv", [{"index": "1", "image": "4", "answer": "a"}]))
-    with pytest.raises(ValueError, match="names another row's picture, which is not there"):
-        data.pictures(data.rows[0])
-
-
-def test_no_table_at_all(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="cannot be read as a table with tabs"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", "cannot be read as a table with tabs"),
+        (b"", "is empty"),
+        (b"\n", "has no column index"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-LFS pointer"),
+    ],
+)
+def test_no_table_at_all(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
         read_data(tmp_path / "a.tsv")
+
+
+def test_one_bad_row_costs_no_other(tmp_path: Path) -> None:
+    red = picture("red")
+    good = {"index": "", "image": red, "question": "what?", "A": "", "B": "", "answer": "['a']"}
+    rows: list[dict[str, str]] = [
+        good | {"index": "first"},
+        good | {"index": "unanswered", "answer": ""},
+        good | {"index": "blank", "answer": " "},
+        good | {"index": "none", "answer": "[]"},
+        good | {"index": "unseen", "image": ""},
+        good | {"index": "borrows", "image": "unanswered"},
+        good | {"index": "orphan", "image": "nowhere"},
+        good | {"index": "first", "answer": "b"},
+        good,
+        good | {"index": "silent", "question": ""},
+        good | {"index": "choice", "question": "", "A": "a cat", "B": "a dog"},
+        good | {"index": "last"},
+    ]
+    file = write_tsv(tmp_path / "Toy.tsv", rows)
+    lines = file.read_bytes().splitlines(keepends=True)
+    odd, long = lines[-1].replace(b"last", b"odd\xff"), lines[-1][:-1] + b"\tmore\n"
+    bad = [b"short\ta\n", b"x\ry\n", b"\n", odd, long]
+    file.write_bytes(b"".join([*lines[:-1], *bad, lines[-1]]))
+    data = read_data(file)
+    assert [row.index for row in data.rows] == ["first", "borrows", "choice", "last"]
+    assert all(row.references == ["a"] for row in data.rows)
+    assert data.left_out == {
+        NO_ANSWER: ["row unanswered", "row blank", "row none"],
+        NO_PICTURE: ["row unseen"],
+        SAME_INDEX: ["line 9"],
+        NO_INDEX: ["line 10"],
+        NO_QUESTION: ["row silent"],
+        OTHER_CELLS: ["line 13", "line 17"],
+        NOT_A_TABLE: ["line 14"],
+        NOT_TEXT: ["line 16"],
+        NO_OWNER: ["row orphan"],
+    }
+    # A row that is left out may still have another's picture.
+    assert {colour_of(url) for row in data.rows for url in data.pictures(row)} == {"red"}
+
+
+def test_an_unclosed_quotation_mark_is_said_to_take_in_other_lines(tmp_path: Path) -> None:
+    rows = [{"index": str(n), "image": picture("red"), "answer": "a"} for n in range(4)]
+    file = write_tsv(tmp_path / "Toy.tsv", rows)
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[2] = b'1\t"' + lines[2][2:]
+    file.write_bytes(b"".join(lines))
+    data = read_data(file)
+    assert [row.index for row in data.rows] == ["0"]
+    assert data.left_out == {OTHER_CELLS: ["lines 3 to 5"]}
 
 
 # ---- scores ---------------------------------------------------------------------------------------
@@ -260,6 +331,13 @@ def test_a_long_answer_scores_next_to_no_cider() -> None:
 def test_scores_do_not_print(capsys: pytest.CaptureFixture[str]) -> None:
     score(["bleu", "rouge", "cider"], ["a b"], [["a b"]])
     assert capsys.readouterr().out == ""
+
+
+def test_the_vqa_score_is_that_of_rows_with_several_answers() -> None:
+    references = [["yes"] * 10, ["no"], ["no"] * 10]
+    scores = score(["exact", "vqa"], ["yes", "no", "yes"], references)
+    assert scores == {"Exact match": pytest.approx(200 / 3), "VQA score": 50}
+    assert score(["vqa"], ["no"], [["no"]]) == {}
 
 
 def test_exact_match() -> None:
@@ -424,6 +502,71 @@ def test_a_row_that_fails_is_reported_and_asked_again(
     assert len(lines(tmp_path / "COCO_VAL" / "tiny" / "predictions.jsonl")) == 4
 
 
+def test_rows_that_are_left_out_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a row without an answer nor one whose picture is broken is asked, or costs the others."""
+    good = {
+        "index": "1",
+        "image": picture("red", "JPEG"),
+        "question": "What is 1?",
+        "answer": "['yes', 'no']",
+    }
+    rows = [good, good | {"index": "2", "answer": ""}, good | {"index": "5", "answer": "yes"}]
+    rows += [good | {"index": "3", "image": good["image"][:-120]}, good | {"index": "4", "image": "%" * 99}]
+    rows += [good | {"index": str(n)} for n in (6, 7)]
+    file = write_tsv(tmp_path / "Toy.tsv", rows)
+    with fake_server(lambda *_: "yes") as server:
+        options = ["--data", file, "--url", server.url, "--out", tmp_path]
+        assert evaluate(monkeypatch, *options) == 0
+        assert len(server.requests) == 4
+    shown = capsys.readouterr().out
+    assert f"4 of 4 rows of {file} are scored" in shown
+    assert "left out: 1 row without an answer to compare with, which is row 2\n" in shown
+    assert "left out: 2 rows with a picture that cannot be read, such as row 3 (" in shown
+    assert "the VQA score leaves out rows with a single right answer: 1\n" in shown
+    report = json.loads((tmp_path / "Toy" / "tiny.json").read_text())
+    assert report["rows"] == report["scored"] == 4
+    assert {why: len(names) for why, names in report["left_out"].items()} == {NO_ANSWER: 1, BAD_PICTURE: 2}
+    # What was answered needs no server, although two rows have no answer.
+    assert evaluate(monkeypatch, *options, "--model", "tiny") == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_a_missing_picture_file_costs_no_other_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"index": str(n), "image_path": f"{n}.png", "answer": "a"} for n in range(3)]
+    rows.append({"index": "3", "image_path": "x" * 300, "answer": "a"})
+    file = write_tsv(tmp_path / "Toy.tsv", rows)
+    with fake_server(lambda *_: "a") as server:
+        options = ["--data", file, "--url", server.url, "--out", tmp_path, "--metrics", "exact"]
+        message = refused(monkeypatch, capsys, *options)
+        assert "none of the 0 rows got an answer; left out: 4 rows with a picture that cannot be" in message
+        Image.new("RGB", (4, 4), "red").save(tmp_path / "0.png")
+        assert evaluate(monkeypatch, *options) == 0
+        assert len(server.requests) == 1
+    shown = capsys.readouterr().out
+    assert "1 of 1 rows" in shown and "left out: 3 rows with a picture that cannot be read" in shown
+
+
+def test_a_reply_without_an_answer_costs_no_other_row(
+    captions: Path, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = AsyncCompletions.create
+
+    async def emptied(self: AsyncCompletions, **request: Any) -> Any:
+        reply = await create(self, **request)
+        if colour_of(request["messages"][0]["content"][0]["image_url"]["url"]) == "green":
+            reply.choices = []
+        return reply
+
+    monkeypatch.setattr(AsyncCompletions, "create", emptied)
+    assert evaluate(monkeypatch, "--data", captions, "--url", server.url, "--out", tmp_path) == 1
+    (model,) = json.loads((tmp_path / "COCO_VAL" / "tiny.json").read_text())["models"]
+    assert model["failed"] == {"2": "the server's reply holds no answer"}
+
+
 def test_a_server_that_goes_away_costs_no_answer(
     captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -464,12 +607,11 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         {"index": str(n), "image": picture("red"), "answer": "['a red square', 'red']"} for n in range(12)
     ]
     file = write_tsv(tmp_path / "Toy.tsv", rows)
-    enough = threading.Event()
+    killed = threading.Event()
 
     def slowly(pictures: list[str], text: str) -> str:
         if len(server.requests) > 5:
-            enough.set()
-            time.sleep(30)
+            killed.wait()
         return describe(pictures, text)
 
     with fake_server(slowly) as server:
@@ -485,11 +627,14 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ]
         call = [sys.executable, "-m", "vllm_hybrid.cli", "eval", *options]
         run = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        assert enough.wait(60)
-        time.sleep(0.5)
+        predictions = tmp_path / "out" / "Toy" / "tiny" / "predictions.jsonl"
+        while not predictions.exists() or len(predictions.read_text().splitlines()) < 4:
+            assert run.poll() is None
+            time.sleep(0.05)
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
-        answered = len(lines(tmp_path / "out" / "Toy" / "tiny" / "predictions.jsonl"))
+        killed.set()
+        answered = len(lines(predictions))
         assert answered >= 4
         server.answer, server.requests = describe, []
         assert evaluate(monkeypatch, *options) == 0
@@ -503,6 +648,9 @@ def test_no_more_rows_are_in_flight_than_wanted(tmp_path: Path, monkeypatch: pyt
     file = questions(tmp_path / "Toy.tsv", {str(n): ["yes"] for n in range(12)})
 
     def wait(*_: object) -> str:
+        while server.most_at_once < 3:
+            time.sleep(0.01)
+        # Time for one too many.
         time.sleep(0.05)
         return "yes"
 

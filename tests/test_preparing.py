@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import random
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,12 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from tests.tiny_checkpoints import write_checkpoint
 from vllm_hybrid import preparing
 from vllm_hybrid.calibrating import live_counts
-from vllm_hybrid.checkpoint import load_config, load_tower, merging_layers, weight_files
+from vllm_hybrid.checkpoint import load_config, load_tower, merging_layers
+from vllm_hybrid.demo_model import EMBEDDED
 from vllm_hybrid.demo_pictures import write_pictures
 from vllm_hybrid.preparing import calibrate_checkpoint, find_pictures, prepare
 from vllm_hybrid.threshold_files import read_thresholds, write_thresholds
+from vllm_hybrid.weights import check_weights, expected_shapes, weight_files
 
 # The tiny tower has 4 layers, of which 3 run.
 VALUES = [0.9, 0.8, 0.7]
@@ -132,12 +137,12 @@ def test_calibrating_while_preparing(plain: Path, tmp_path: Path) -> None:
         progress=lambda *report: seen.append(report),
     )
     assert hybrid.thresholds is not None and len(hybrid.thresholds) == 3
-    assert seen[0] == ("thresholds for 200 tokens", 8, 8)
+    assert ("thresholds for 200 tokens", 8, 8) in seen
     counts = live_counts(*load_tower(plain), pictures, section(tmp_path / "out")["thresholds"])
     assert sum(counts) / len(counts) == pytest.approx(200, rel=0.03)
     assert (
         section(tmp_path / "out")["thresholds"]
-        == calibrate_checkpoint(plain, tmp_path / "pictures", {"": 200})[""]
+        == calibrate_checkpoint(plain, tmp_path / "pictures", {"": 200}).thresholds[""]
     )
 
 
@@ -268,6 +273,35 @@ def test_refused_torch_garbage(tmp_path: Path) -> None:
         read_thresholds(tmp_path / "t.pth", 3, 4)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_torch_files_are_refused_or_read(zipped: bool, tmp_path: Path) -> None:
+    """Whatever torch's reader makes of damaged bytes, it is one sentence, or thresholds."""
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    file = tmp_path / "t.pth"
+    torch.save(
+        dymu_state([0.5, 0.25, 0.75], "visual.trunk.blocks"), file, _use_new_zipfile_serialization=zipped
+    )
+    whole = file.read_bytes()
+    for _ in range(400):
+        data = bytearray(whole[: draw.randrange(1, len(whole))] if draw.random() < 0.3 else whole)
+        for _ in range(draw.randrange(4)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        file.write_bytes(data)
+        try:
+            read_thresholds(file, 3, 4)
+        except ValueError as refusal:
+            assert str(file) in str(refusal) and "\n" not in str(refusal)
+
+
+def test_threshold_files_that_were_not_fetched(tmp_path: Path) -> None:
+    for name in ("t.pth", "t.json"):
+        (tmp_path / name).write_bytes(POINTER)
+        with pytest.raises(ValueError, match=f"{name} is a git-LFS pointer"):
+            read_thresholds(tmp_path / name, 3, 4)
+
+
 # ---- refused arguments ----------------------------------------------------------------------------
 
 
@@ -341,7 +375,59 @@ def test_refused_checkpoints(plain: Path, edit: dict[str, Any], message: str, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_defaults_that_a_published_configuration_leaves_out(tmp_path: Path) -> None:
+def published_shapes() -> dict[str, list[int]]:
+    """The weights of llava-1.5-7b-hf as published, and two buffers that older releases saved."""
+    language, tower = "language_model.model", "vision_tower.vision_model"
+    shapes = {
+        f"{language}.embed_tokens.weight": [32064, 4096],
+        "language_model.lm_head.weight": [32064, 4096],
+        f"{language}.norm.weight": [4096],
+        f"{language}.layers.0.self_attn.rotary_emb.inv_freq": [64],
+        "multi_modal_projector.linear_1.weight": [4096, 1024],
+        "multi_modal_projector.linear_1.bias": [4096],
+        "multi_modal_projector.linear_2.weight": [4096, 4096],
+        "multi_modal_projector.linear_2.bias": [4096],
+        f"{tower}.embeddings.class_embedding": [1024],
+        f"{tower}.embeddings.patch_embedding.weight": [1024, 3, 14, 14],
+        f"{tower}.embeddings.position_embedding.weight": [577, 1024],
+        f"{tower}.embeddings.position_ids": [1, 577],
+    }
+    for layer in range(32):
+        name = f"{language}.layers.{layer}"
+        shapes |= {f"{name}.self_attn.{part}_proj.weight": [4096, 4096] for part in "qkvo"}
+        shapes |= {f"{name}.mlp.{part}_proj.weight": [11008, 4096] for part in ("gate", "up")}
+        shapes[f"{name}.mlp.down_proj.weight"] = [4096, 11008]
+        shapes |= {f"{name}.{part}_layernorm.weight": [4096] for part in ("input", "post_attention")}
+    norms = [f"{tower}.pre_layrnorm", f"{tower}.post_layernorm"]
+    for layer in range(24):
+        name = f"{tower}.encoder.layers.{layer}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= {
+                f"{name}.self_attn.{part}.weight": [1024, 1024],
+                f"{name}.self_attn.{part}.bias": [1024],
+            }
+        shapes |= {f"{name}.mlp.fc1.weight": [4096, 1024], f"{name}.mlp.fc1.bias": [4096]}
+        shapes |= {f"{name}.mlp.fc2.weight": [1024, 4096], f"{name}.mlp.fc2.bias": [1024]}
+        norms += [f"{name}.layer_norm1", f"{name}.layer_norm2"]
+    for name in norms:
+        shapes |= {f"{name}.weight": [1024], f"{name}.bias": [1024]}
+    return shapes
+
+
+def write_hollow(file: Path, shapes: dict[str, list[int]]) -> None:
+    """A safetensors file of float16 tensors that is all hole but for its header, and takes no room."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with file.open("wb") as opened:
+        opened.write(struct.pack("<Q", len(text)) + text)
+        opened.truncate(8 + len(text) + end)
+
+
+def test_defaults_that_a_published_configuration_leaves_out(plain: Path, tmp_path: Path) -> None:
     config = {
         "model_type": "llava",
         "image_token_index": 32000,
@@ -350,6 +436,7 @@ def test_defaults_that_a_published_configuration_leaves_out(tmp_path: Path) -> N
             "model_type": "clip_vision_model",
             "hidden_size": 1024,
             "image_size": 336,
+            "intermediate_size": 4096,
             "num_attention_heads": 16,
             "num_hidden_layers": 24,
             "patch_size": 14,
@@ -357,14 +444,283 @@ def test_defaults_that_a_published_configuration_leaves_out(tmp_path: Path) -> N
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
     }
-    (tmp_path / "llava").mkdir()
+    shutil.copytree(plain, tmp_path / "llava", ignore=shutil.ignore_patterns("*.safetensors*"))
     (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "llava" / "model.safetensors").touch()
+    write_hollow(tmp_path / "llava" / "model.safetensors", published_shapes())
     file = saved(dymu_state([0.75] * 24, "module.visual.transformer.resblocks"), tmp_path / "t.pth")
     hybrid = prepare(tmp_path / "llava", tmp_path / "out", thresholds=file, fastv_layer=31, fastv_ratio=0.5)
     assert hybrid.thresholds == (0.75,) * 23 and hybrid.fastv_layer == 31
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["text_config"] == config["text_config"]
+
+
+# ---- broken files ---------------------------------------------------------------------------------
+
+
+FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+INDEX = "model.safetensors.index.json"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 13\n"
+# As LLaVA's own checkpoints have it; transformers fills the missing keys with those of the 7B model.
+OWN_FORMAT = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "model_type": "llava",
+    "hidden_size": 4096,
+    "mm_hidden_size": 1024,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+}
+
+
+def put(name: str, content: Any) -> Callable[[Path], Any]:
+    """Puts something else in the place of a file: bytes, or JSON."""
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def cut(name: str, keep: int) -> Callable[[Path], Any]:
+    """Keeps the beginning of a file, or all but the end."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+def change(name: str, edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    """Edits a JSON file."""
+
+    def changed(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        edit(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return changed
+
+
+def lose(*names: str) -> Callable[[Path], Any]:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def dangle(name: str) -> Callable[[Path], Any]:
+    return lambda folder: ((folder / name).unlink(), (folder / name).symlink_to("/nowhere/blob"))
+
+
+# What is wrong, the words that say so, and whether calibration reads that file.
+BROKEN: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
+    "own format": (put("config.json", OWN_FORMAT), r"LlavaLlamaForCausalLM.* LLaVA's own format", True),
+    "own format in disguise": (
+        put("config.json", OWN_FORMAT | {"architectures": ["LlavaHybridForConditionalGeneration"]}),
+        "LLaVA's own format",
+        True,
+    ),
+    "other architecture": (
+        change("config.json", lambda c: c.update(architectures=["LlavaNextForConditionalGeneration"])),
+        r"architectures \['LlavaNextForConditionalGeneration'\], but only",
+        True,
+    ),
+    "architectures no list": (
+        change("config.json", lambda c: c.update(architectures=7)),
+        "architectures 7",
+        True,
+    ),
+    "other model": (
+        change("config.json", lambda c: c.update(model_type="qwen2_vl")),
+        "'qwen2_vl', but only",
+        True,
+    ),
+    "no model type": (
+        change("config.json", lambda c: c.pop("model_type")),
+        "model_type None, but only",
+        True,
+    ),
+    "no tower": (
+        change("config.json", lambda c: c.pop("vision_config")),
+        "has no object vision_config",
+        True,
+    ),
+    "no decoder": (change("config.json", lambda c: c.pop("text_config")), "has no object text_config", True),
+    "decoder no object": (
+        change("config.json", lambda c: c.update(text_config="x")),
+        "no object text_conf",
+        True,
+    ),
+    "layers no number": (
+        change("config.json", lambda c: c["text_config"].update(num_hidden_layers="x")),
+        "config.json cannot be read as LLaVA's .*num_hidden_layers",
+        True,
+    ),
+    "no patches": (
+        change("config.json", lambda c: c["vision_config"].update(patch_size=0)),
+        "patch_size is 0",
+        True,
+    ),
+    "heads do not divide": (
+        change("config.json", lambda c: c["vision_config"].update(num_attention_heads=7)),
+        r"config\.json cannot be read as LLaVA's .*attention heads",
+        True,
+    ),
+    "config list": (put("config.json", []), "config.json holds no JSON object", True),
+    "config pointer": (put("config.json", POINTER), "config.json is a git-LFS pointer", True),
+    "config not UTF-8": (put("config.json", b"\xff\xfe{}"), "config.json is not JSON", True),
+    "config nested": (put("config.json", b"[" * 200000), "config.json is not JSON", True),
+    "weights pointer": (put(FIRST, POINTER), f"{FIRST} is a git-LFS pointer.* git lfs pull", True),
+    "weights cut": (cut(FIRST, -1), f"{FIRST} is cut off or damaged", True),
+    "other weights cut": (cut(SECOND, -1000), f"{SECOND} is cut off or damaged", True),
+    "header cut": (cut(FIRST, 100), f"{FIRST} is cut off or damaged", True),
+    "weights empty": (cut(FIRST, 0), f"{FIRST} is empty", True),
+    "weights a web page": (put(FIRST, b"<!DOCTYPE html>" * 100), f"{FIRST} is cut off or damaged", True),
+    "weights missing": (lose(FIRST), f"{FIRST} is missing", True),
+    "weights dangling": (dangle(FIRST), f"{FIRST} is a link to /nowhere/blob, which is not there", True),
+    "no weights": (lose(FIRST, SECOND, INDEX), "has no safetensors weights", True),
+    "shard missing without index": (lose(FIRST, INDEX), "lacks the weight", True),
+    "no weight map": (change(INDEX, lambda c: c.pop("weight_map")), f"{INDEX} has no weight_map", True),
+    "weight map list": (put(INDEX, {"weight_map": [FIRST]}), f"{INDEX} has no weight_map", True),
+    "index no JSON": (put(INDEX, b"{"), f"{INDEX} is not JSON", True),
+    "index list": (put(INDEX, [FIRST]), f"{INDEX} holds no JSON object", True),
+    "index pointer": (put(INDEX, POINTER), f"{INDEX} is a git-LFS pointer", True),
+    "index dangling": (dangle(INDEX), f"{INDEX} is a link to", True),
+    "index of a number": (
+        change(INDEX, lambda c: c["weight_map"].update(x=3)),
+        "has 3 as the file of x",
+        True,
+    ),
+    "index of elsewhere": (
+        change(INDEX, lambda c: c["weight_map"].update(x="../x.safetensors")),
+        r"has '../x.safetensors' as the file of x",
+        True,
+    ),
+    "index promises": (
+        change(INDEX, lambda c: c["weight_map"].update(x=FIRST)),
+        f"{FIRST} lacks x, which",
+        True,
+    ),
+    "tower of other width": (
+        change("config.json", lambda c: c["vision_config"].update(hidden_size=128)),
+        r"class_embedding in .*safetensors has shape \[64\], but config.json asks for \[128\]",
+        True,
+    ),
+    "tower of fewer layers": (
+        change("config.json", lambda c: c["vision_config"].update(num_hidden_layers=3)),
+        r"has a vision tower weight .*layers\.3\..*, which config.json does not ask for",
+        True,
+    ),
+    "tower of more layers": (
+        change("config.json", lambda c: c["vision_config"].update(num_hidden_layers=5)),
+        r"lacks the weight model\.vision_tower\.encoder\.layers\.4\.",
+        True,
+    ),
+    "decoder of more layers": (
+        change("config.json", lambda c: c["text_config"].update(num_hidden_layers=9)),
+        r"lacks the weight model\.language_model\.layers\.8\.",
+        True,
+    ),
+    "decoder of other heads": (
+        change("config.json", lambda c: c["text_config"].update(num_key_value_heads=4)),
+        r"k_proj.weight in .* has shape \[128, 128\], but config.json asks for \[256, 128\]",
+        True,
+    ),
+    "no such activation": (
+        change("config.json", lambda c: c["vision_config"].update(hidden_act="softplusplus")),
+        r"describes no model that can be built \(.*softplusplus",
+        True,
+    ),
+    "other vocabulary": (
+        change("config.json", lambda c: c["text_config"].update(vocab_size=9)),
+        r"embed_tokens.weight in .* asks for \[9, 128\]",
+        True,
+    ),
+    "preprocessor missing": (lose("preprocessor_config.json"), "has no preprocessor_config.json", True),
+    "preprocessor pointer": (put("preprocessor_config.json", POINTER), "is a git-LFS pointer", True),
+    "preprocessor cut": (cut("preprocessor_config.json", -9), "preprocessor_config.json is not JSON", True),
+    "preprocessor list": (put("preprocessor_config.json", []), "holds no JSON object", True),
+    "processor cut": (cut("processor_config.json", 9), "processor_config.json is not JSON", False),
+    "generation pointer": (put("generation_config.json", POINTER), "is a git-LFS pointer", False),
+    "tokenizer missing": (lose("tokenizer.json"), "has no tokenizer", False),
+    "tokenizer cut": (cut("tokenizer.json", -50), "tokenizer.json cannot be read as a tokenizer", False),
+    "tokenizer of nothing": (
+        put("tokenizer.json", {}),
+        "tokenizer.json cannot be read as a tokenizer",
+        False,
+    ),
+    "tokenizer pointer": (put("tokenizer.json", POINTER), "tokenizer.json is a git-LFS pointer", False),
+    "tokenizer dangling": (dangle("tokenizer.json"), "tokenizer.json is a link to", False),
+    "tokenizer settings cut": (cut("tokenizer_config.json", 20), "tokenizer_config.json is not JSON", False),
+    "template pointer": (
+        put("chat_template.jinja", POINTER),
+        "chat_template.jinja is a git-LFS pointer",
+        False,
+    ),
+    "further file dangling": (dangle("README.md"), "README.md is a link to", False),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoints(plain: Path, case: str, tmp_path: Path) -> None:
+    """One sentence each, with nothing written, from whatever reads the file."""
+    damage, message, calibrates = BROKEN[case]
+    source = tmp_path / "source"
+    shutil.copytree(plain, source)
+    damage(source)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message) as refusal:
+        prepare(source, tmp_path / "out")
+    assert "\n" not in str(refusal.value) and "; " in str(refusal.value)
+    if calibrates:
+        with pytest.raises(ValueError, match=message):
+            load_tower(source)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_either_tokenizer_will_do(plain: Path, kind: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(plain, source)
+    if kind == "tokenizer.model":
+        (source / "tokenizer.json").unlink()
+        shutil.copy(EMBEDDED / kind, source)
+        whole = (source / kind).read_bytes()
+        (source / kind).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=r"tokenizer\.model cannot be read as a tokenizer"):
+            prepare(source, tmp_path / "out")
+        (source / kind).write_bytes(whole)
+    prepare(source, tmp_path / "out")
+
+
+def test_shards_need_no_index(plain: Path, tmp_path: Path) -> None:
+    """vLLM loads all safetensors files there are, but not hidden ones."""
+    source = tmp_path / "source"
+    shutil.copytree(plain, source)
+    (source / INDEX).unlink()
+    (source / "._model.safetensors").write_bytes(b"left behind")
+    assert [file.name for file in weight_files(source)] == [FIRST, SECOND]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(load_tower(source)[0].parameters(), load_tower(plain)[0].parameters(), strict=True)
+    )
+
+
+def test_a_quantised_decoder_is_not_compared(plain: Path, tmp_path: Path) -> None:
+    """Its tensors have other names and shapes; the tower's do not, and are read for calibration."""
+    source = edited(
+        plain, tmp_path / "source", lambda c: c.update(quantization_config={"quant_method": "awq"})
+    )
+    shapes = {name: list(t.shape) for name, t in check_weights(plain, load_config(plain)).items()}
+    packed = {
+        name.replace(".weight", ".qweight") if "layers" in name and "tower" not in name else name: shape
+        for name, shape in shapes.items()
+    }
+    for name in (FIRST, SECOND, INDEX):
+        (source / name).unlink()
+    write_hollow(source / "model.safetensors", packed)
+    prepare(source, tmp_path / "out")
+    load_tower(source)
+    packed.pop("model.vision_tower.post_layernorm.bias")
+    write_hollow(source / "model.safetensors", packed)
+    with pytest.raises(ValueError, match=r"lacks the weight model\.vision_tower\.post_layernorm\.bias"):
+        load_tower(source)
+
+
+def test_tied_weights_have_no_head_of_their_own(plain: Path, tmp_path: Path) -> None:
+    source = edited(plain, tmp_path / "source", lambda c: c.update(tie_word_embeddings=True))
+    assert "lm_head.weight" not in expected_shapes(load_config(source))
+    assert "lm_head.weight" in expected_shapes(load_config(plain))
 
 
 def test_refused_folders(plain: Path, tmp_path: Path) -> None:
@@ -374,7 +730,7 @@ def test_refused_folders(plain: Path, tmp_path: Path) -> None:
         prepare(plain.parent, tmp_path / "out")
     source = edited(plain, tmp_path / "source", lambda config: None)
     (source / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is missing"):
+    with pytest.raises(ValueError, match=f"{SECOND} is missing"):
         prepare(source, tmp_path / "out")
     (source / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):

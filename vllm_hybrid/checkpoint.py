@@ -5,19 +5,25 @@ Nothing here needs vLLM, and of the weights only the tower's are read.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .files import read_json_object
+from .image_processor import load_image_processor
+from .processor_files import check_image_processor, check_processor_files
 from .tower import executed_layers
+from .weights import POSITION_IDS, TOWER, check_weights
 
 ARCHITECTURE = "LlavaHybridForConditionalGeneration"
-# Names of the tower's weights start with one of these: as published, and as transformers saves since 4.52.
-TOWER_PREFIXES = ("vision_tower.", "model.vision_tower.")
+# Architectures of configurations that describe LLaVA-1.5 as transformers has it.
+ARCHITECTURES = ("LlavaForConditionalGeneration", ARCHITECTURE)
+# LLaVA's own code writes other configurations, some of them under the same model_type; one of these keys is
+# always there.
+_OWN_FORMAT_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
+_OWN_FORMAT_TYPES = ("llava_llama", "llava_mistral", "llava_mpt")
 
 
 def read_config(checkpoint: str | Path) -> dict[str, Any]:
@@ -30,16 +36,9 @@ def read_config(checkpoint: str | Path) -> dict[str, Any]:
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the folder of a LLaVA-1.5 checkpoint")
-    file = folder / "config.json"
-    if not file.is_file():
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; give the folder of a LLaVA-1.5 checkpoint")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); repair it") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds no object; give the folder of a LLaVA-1.5 checkpoint")
-    return config
+    return read_json_object(folder / "config.json")
 
 
 def load_config(checkpoint: str | Path) -> Any:
@@ -50,20 +49,83 @@ def load_config(checkpoint: str | Path) -> Any:
 
     """
     raw = read_config(checkpoint)
-    kind = raw.get("model_type")
-    if kind in ("llava_llama", "llava_mistral"):
+    check_format(checkpoint, raw)
+    from transformers import LlavaConfig
+
+    try:
+        config = LlavaConfig.from_pretrained(str(checkpoint))
+    except Exception as error:  # transformers' own validation raises many kinds
         raise ValueError(
-            f"{checkpoint} has model_type {kind!r}, LLaVA's own format; "
+            f"{Path(checkpoint) / 'config.json'} cannot be read as LLaVA's "
+            f"({' '.join(str(error).split())}); repair it"
+        ) from error
+    check_shape(config)
+    return config
+
+
+def check_format(checkpoint: str | Path, raw: dict[str, Any]) -> None:
+    """Refuse a configuration that is not transformers' LLaVA.
+
+    transformers would fill what it misses there with the sizes of LLaVA-1.5-7B.
+
+    Args:
+        checkpoint: what to call it.
+        raw: its ``config.json``.
+
+    Raises:
+        ValueError: it is another model's, or in LLaVA's own format; one sentence says which.
+
+    """
+    kind, names = raw.get("model_type"), raw.get("architectures")
+    own = kind in _OWN_FORMAT_TYPES or any(key in raw for key in _OWN_FORMAT_KEYS)
+    if own or _own_architecture(names):
+        raise ValueError(
+            f"{checkpoint} (model_type {kind!r}, architectures {names!r}) is in LLaVA's own format; "
             "give the checkpoint in the format of llava-hf/llava-1.5-7b-hf"
         )
     if kind != "llava":
         raise ValueError(
             f"{checkpoint} has model_type {kind!r}, but only 'llava' can be served; give another"
         )
-    from transformers import LlavaConfig
+    if names is not None and (not isinstance(names, list) or not set(map(str, names)) & set(ARCHITECTURES)):
+        raise ValueError(
+            f"{checkpoint} has architectures {names!r}, but only {ARCHITECTURES[0]!r} can be served; "
+            "give another checkpoint"
+        )
+    for part in ("text_config", "vision_config"):
+        if not isinstance(raw.get(part), dict):
+            raise ValueError(
+                f"{Path(checkpoint) / 'config.json'} has no object {part}, so its sizes are not known; "
+                "give the checkpoint in the format of llava-hf/llava-1.5-7b-hf"
+            )
 
-    config = LlavaConfig.from_pretrained(str(checkpoint))
-    check_shape(config)
+
+def _own_architecture(names: object) -> bool:
+    """Whether architectures are classes of LLaVA's own code, such as LlavaLlamaForCausalLM."""
+    found = names if isinstance(names, list) else [names]
+    return any(str(name).startswith("Llava") and str(name).endswith("ForCausalLM") for name in found)
+
+
+def check_checkpoint(checkpoint: str | Path) -> Any:
+    """See that a folder holds a complete LLaVA-1.5 checkpoint whose files are whole and belong together.
+
+    Of the weights only headers are read.
+
+    Args:
+        checkpoint: its folder.
+
+    Returns:
+        Its configuration, see :func:`load_config`.
+
+    Raises:
+        ValueError: the first fault, in one sentence.
+        OSError: a file cannot be opened.
+
+    """
+    config = load_config(checkpoint)
+    check_processor_files(checkpoint)
+    load_image_processor(checkpoint, config.vision_config.image_size)
+    check_weights(checkpoint, config)
     return config
 
 
@@ -91,31 +153,23 @@ def check_shape(config: Any) -> None:
             f"vision_feature_layer is {config.vision_feature_layer!r}, but only one layer can be read; "
             "give another checkpoint"
         )
+    vision = config.vision_config
+    for key in ("image_size", "patch_size"):
+        size = getattr(vision, key)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"vision_config.{key} is {size!r}, which is no number of pixels; give another checkpoint"
+            )
+    if vision.image_size < vision.patch_size:
+        raise ValueError(
+            f"vision_config.image_size is {vision.image_size}, less than one patch of "
+            f"{vision.patch_size}; give another checkpoint"
+        )
 
 
 def merging_layers(config: Any) -> int:
     """CLIP layers that run for the configuration's feature layer, so how many thresholds there are."""
     return executed_layers(config.vision_config.num_hidden_layers, config.vision_feature_layer)
-
-
-def weight_files(checkpoint: str | Path) -> list[Path]:
-    """The checkpoint's safetensors files: those of its index, or else the only one.
-
-    Raises:
-        ValueError: there is none, or one that the index names is missing.
-
-    """
-    folder = Path(checkpoint)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names: Iterable[str] = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    files = [folder / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; give a complete checkpoint with safetensors weights")
-    return files
 
 
 def load_tower(checkpoint: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Any]:
@@ -126,35 +180,36 @@ def load_tower(checkpoint: str | Path, device: str | torch.device = "cpu") -> tu
         device: where to put the tower.
 
     Returns:
-        A transformers ``CLIPVisionModel`` in evaluation mode and a ``CLIPImageProcessor``.
+        A transformers ``CLIPVisionModel`` in evaluation mode, and the image processor that the checkpoint
+        names; see :func:`vllm_hybrid.image_processor.load_image_processor`.
 
     Raises:
-        ValueError: the checkpoint is no LLaVA-1.5 checkpoint, or weights are missing.
+        ValueError: the checkpoint is no LLaVA-1.5 checkpoint, weights are missing, or its image processor
+            cannot be used.
 
     """
     from safetensors import safe_open
-    from transformers import CLIPImageProcessor, CLIPVisionModel
+    from transformers import CLIPVisionModel
 
     config = load_config(checkpoint)
-    # Releases differ in whether the model has an inner ``vision_model``; the weights on disk always do.
+    check_image_processor(checkpoint)
+    image_processor = load_image_processor(checkpoint, config.vision_config.image_size)
+    stored = check_weights(checkpoint, config, always_tower=True)
+    # Releases differ in whether the model has an inner ``vision_model``; names in ``stored`` never have it.
     with torch.device("meta"):
         tower = CLIPVisionModel(config.vision_config)
     inner = getattr(tower, "vision_model", tower)
+    wanted = {name: t for name, t in stored.items() if name.startswith(TOWER) and name != POSITION_IDS}
     state: dict[str, torch.Tensor] = {}
-    for file in weight_files(checkpoint):
+    for file in sorted({tensor.file for tensor in wanted.values()}):
         with safe_open(str(file), "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - it is no dict
-                prefix = next((p for p in TOWER_PREFIXES if name.startswith(p)), None)
-                if prefix is not None:
-                    key = name.removeprefix(prefix).removeprefix("vision_model.")
-                    state[key] = weights.get_tensor(name).float()
+            for name, tensor in wanted.items():
+                if tensor.file == file:
+                    state[name.removeprefix(TOWER)] = weights.get_tensor(tensor.name).float()
     inner.to_empty(device="cpu")
-    missing, unexpected = inner.load_state_dict(state, strict=False)
-    for name in sorted({*missing, *unexpected}):
-        what = "lacks" if name in missing else "has an unknown"
-        raise ValueError(f"{checkpoint} {what} vision tower weight {name}; give another checkpoint")
+    inner.load_state_dict(state)
     _fill_position_ids(inner)
-    return tower.to(device).eval(), CLIPImageProcessor.from_pretrained(str(checkpoint))
+    return tower.to(device).eval(), image_processor
 
 
 def _fill_position_ids(inner: Any) -> None:

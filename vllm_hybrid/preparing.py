@@ -10,18 +10,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .calibrating import Progress, calibrate
-from .checkpoint import ARCHITECTURE, load_config, load_tower, merging_layers, read_config, weight_files
+from . import __version__
+from .calibrating import calibrate, check_wanted
+from .checkpoint import ARCHITECTURE, check_checkpoint, load_config, load_tower, merging_layers, read_config
 from .config import HybridConfig
 from .folders import check_target, complete_folder
 from .journal import Journal
+from .pictures import find_pictures, readable_pictures
+from .progress import Progress
 from .threshold_files import read_thresholds
+from .weights import weight_files
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def prepare(
@@ -36,6 +40,7 @@ def prepare(
     fastv_ratio: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    skip_unreadable: bool = False,
 ) -> HybridConfig:
     """Write ``out``, a folder that ``vllm serve`` takes, beside a LLaVA-1.5 checkpoint.
 
@@ -50,6 +55,7 @@ def prepare(
         fastv_ratio: R, share of live image tokens to drop; left out: none.
         force: replace a checkpoint at ``out``.
         progress: called as progress(stage, pictures done, pictures) during calibration.
+        skip_unreadable: calibrate without the pictures that cannot be read.
 
     Returns:
         What the folder will be served with. With neither thresholds nor images, nothing merges.
@@ -63,6 +69,8 @@ def prepare(
         raise ValueError("both a threshold file and calibration images were given; give one of them")
     if (images is None) != (tokens is None):
         raise ValueError("calibration needs both images and a number of tokens; give --images and --tokens")
+    if skip_unreadable and images is None:
+        raise ValueError("--skip-unreadable has no effect without --images; give --images too")
     if level is not None and thresholds is None:
         raise ValueError(f"level {level!r} was given without a threshold file; give --thresholds too")
     if fastv_layer is not None and not fastv_ratio:
@@ -70,8 +78,7 @@ def prepare(
             f"--fastv-layer {fastv_layer} has no effect without --fastv-ratio; give --fastv-ratio too"
         )
     source, target = Path(os.path.abspath(checkpoint)), Path(os.path.abspath(out))
-    config = load_config(source)
-    weight_files(source)
+    config = check_checkpoint(source)
     check_target(target, force)
     if _overlap(source.resolve(), target.resolve()):
         raise ValueError(f"{out} lies in {checkpoint} or holds it; give a folder beside it")
@@ -87,7 +94,10 @@ def prepare(
     }
     parsed = _parse(section, config)
     if images is not None and tokens is not None:
-        section["thresholds"] = calibrate_checkpoint(source, images, {"": tokens}, progress=progress)[""]
+        calibration = calibrate_checkpoint(
+            source, images, {"": tokens}, progress=progress, skip_unreadable=skip_unreadable
+        )
+        section["thresholds"] = calibration.thresholds[""]
         parsed = _parse(section, config)
 
     with complete_folder(target, force) as folder:
@@ -95,6 +105,20 @@ def prepare(
         completed = read_config(source) | {"architectures": [ARCHITECTURE], "hybrid": section}
         (folder / "config.json").write_text(json.dumps(completed, indent=2) + "\n")
     return parsed
+
+
+@dataclass
+class Calibration:
+    """What calibration found.
+
+    Attributes:
+        thresholds: one per executed vision layer, by the name of the level.
+        pictures: number of pictures they were found with.
+
+    """
+
+    thresholds: dict[str, list[float]]
+    pictures: int
 
 
 def calibrate_checkpoint(
@@ -106,26 +130,27 @@ def calibrate_checkpoint(
     progress: Progress | None = None,
     schedule: str = "constant",
     journal: str | Path | None = None,
-) -> dict[str, list[float]]:
+    skip_unreadable: bool = False,
+) -> Calibration:
     """Thresholds for a checkpoint, for several averages of live tokens of a folder's pictures.
 
-    Runs on the GPU where there is one, in float32.
+    Runs on the GPU where there is one, in float32. All that can be wrong with the checkpoint, the numbers and
+    the pictures is found before the long part starts.
 
     Args:
         checkpoint: a LLaVA-1.5 checkpoint's folder.
-        images: folder of pictures.
+        images: folder of pictures; see :func:`vllm_hybrid.pictures.find_pictures`.
         levels: average live tokens to reach, by the name of the level.
         batch_size: see :func:`vllm_hybrid.calibrating.calibrate`; so are seed, progress, schedule.
         seed: see there.
         progress: see there.
         schedule: see there.
-        journal: file that keeps what is found, so that a call that was cut off goes on; removed at the end.
-
-    Returns:
-        One threshold per executed vision layer for every level.
+        journal: file that keeps what is found, so that a call that was cut off goes on, also with a few
+            pictures more or less; removed at the end.
+        skip_unreadable: leave out pictures that cannot be read.
 
     Raises:
-        ValueError: the checkpoint, the folder or a number is wrong; one sentence says which and why.
+        ValueError: the checkpoint, the folder, a picture or a number is wrong; one sentence says which.
 
     """
     import torch
@@ -133,38 +158,35 @@ def calibrate_checkpoint(
     files = find_pictures(images)
     tower, image_processor = load_tower(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     layer = load_config(checkpoint).vision_feature_layer
+    for tokens in levels.values():
+        check_wanted(tower, tokens, batch_size, layer, schedule)
+    files = readable_pictures(files, skip_unreadable, progress)
     weights = [_stamp(file) for file in weight_files(checkpoint)]
-    kept = Journal(journal, [weights, [_stamp(file) for file in files], batch_size, seed, schedule])
+    processing = json.loads(image_processor.to_json_string())
+    kept = Journal(journal, [__version__, weights, processing, layer])
     found = {
         level: calibrate(
-            tower, image_processor, files, tokens, batch_size, seed, progress, layer, schedule, kept
+            tower,
+            image_processor,
+            files,
+            tokens,
+            batch_size,
+            seed,
+            progress,
+            layer,
+            schedule,
+            kept,
+            folder=images,
         )
         for level, tokens in levels.items()
     }
     kept.remove()
-    return found
+    return Calibration(found, len(files))
 
 
 def _stamp(file: Path) -> list[Any]:
     """What tells a file from a changed one."""
     return [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
-
-
-def find_pictures(folder: str | Path) -> list[Path]:
-    """The picture files in a folder and the folders in it, in the order of their paths.
-
-    Raises:
-        ValueError: there is no such folder, or no picture in it.
-
-    """
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no folder; give a folder of pictures")
-    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
-    if not files:
-        raise ValueError(
-            f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}); give a folder of pictures"
-        )
-    return files
 
 
 def _parse(section: dict[str, Any], config: Any) -> HybridConfig:
@@ -197,6 +219,8 @@ def _visible_files(folder: Path) -> Iterator[Path]:
             yield from _visible_files(child)
         elif child.is_file():
             yield child
+        elif child.is_symlink():
+            raise ValueError(f"{child} is a link to {child.readlink()}, which is not there; fetch it again")
 
 
 def link(file: Path, place: Path) -> None:

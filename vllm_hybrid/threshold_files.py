@@ -8,13 +8,13 @@ average over calibration batches. Every layer has one, also the last, which LLaV
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import KNOWN_KEYS
+from .files import check_present
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _BLOCK_THRESHOLD = re.compile(r"(?P<blocks>.*?)\.?(?P<layer>\d+)\.threshold")
@@ -80,6 +80,7 @@ def read_thresholds(file: str | Path, vision_layers: int, all_layers: int) -> di
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"{path} is no file; give a threshold file")
+    check_present(path)
     if path.suffix.lower() in TORCH_SUFFIXES:
         found = _from_torch(path)
         return {"thresholds": found[:vision_layers] if len(found) == all_layers else found}
@@ -88,8 +89,8 @@ def read_thresholds(file: str | Path, vision_layers: int, all_layers: int) -> di
 
 def _from_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not JSON ({error}); give JSON, or a checkpoint that ends in .pth"
         ) from error
@@ -111,7 +112,7 @@ def _from_torch(path: Path) -> list[float]:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # an unpickler of damaged bytes may raise anything
         raise ValueError(
             f"{path} cannot be read as a checkpoint of plain tensors ({type(error).__name__}); "
             "give a DyMU threshold checkpoint or JSON"

@@ -123,7 +123,7 @@ async def _ask(
                 raise ValueError(
                     f"the server at {server.url} no longer answers; run again to go on where it stopped"
                 ) from None
-            except (openai.OpenAIError, ValueError) as error:
+            except (openai.OpenAIError, ValueError, OSError) as error:
                 failed[row.index] = str(error)
             done += 1
             report(done)
@@ -150,6 +150,8 @@ async def _answer(
         max_tokens=max_tokens,
         temperature=0,
     )
+    if not reply.choices:
+        raise ValueError("the server's reply holds no answer")
     choice = reply.choices[0]
     return Prediction(index, (choice.message.content or "").strip(), choice.finish_reason)
 

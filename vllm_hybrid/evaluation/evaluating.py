@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .asking import Server, ask, find_server
+from .picture_check import unreadable
 from .predictions import Predictions
 from .prompts import prompt_of
 from .report import Side
@@ -39,7 +40,9 @@ class Evaluation:
     out: Path
 
     def answers(self, url: str, model: str | None, progress: Progress, first: Side | None = None) -> Side:
-        """A model's answers to all rows. The server is not needed where they are there already.
+        """A model's answers to all rows whose pictures can be read.
+
+        The server is not needed where they are there already.
 
         Args:
             url: the server's.
@@ -58,16 +61,24 @@ class Evaluation:
         settings = self._settings(name)
         store.check(settings)
         failed: dict[str, str] = {}
-        if any(row.index not in store.answered for row in self.rows):
-            failed = self._ask(server or find_server(url, name), store, settings, progress)
-        return Side(label, store.answered, failed, settings)
+        missing = [row for row in self.rows if row.index not in store.answered]
+        bad = unreadable(self.data, missing, lambda done: progress("reading pictures", done, len(missing)))
+        if len(bad) < len(missing):
+            rows = [row for row in self.rows if row.index not in bad]
+            failed = self._ask(server or find_server(url, name), rows, store, settings, progress)
+        return Side(label, store.answered, failed, settings, bad)
 
     def _ask(
-        self, server: Server, store: Predictions, settings: Mapping[str, Any], progress: Progress
+        self,
+        server: Server,
+        rows: Sequence[Row],
+        store: Predictions,
+        settings: Mapping[str, Any],
+        progress: Progress,
     ) -> dict[str, str]:
         with store.writing({**settings, "root": server.root}) as add:
-            missing = [row for row in self.rows if row.index not in store.answered]
-            before, total = len(self.rows) - len(missing), len(self.rows)
+            missing = [row for row in rows if row.index not in store.answered]
+            before, total = len(rows) - len(missing), len(rows)
             progress(f"asking {server.model}", before, total)
             return ask(
                 server,

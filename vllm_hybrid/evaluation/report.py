@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .left_out import BAD_PICTURE, merged, sentences
 from .predictions import Prediction
 from .scoring import score
 from .tsv import Data, Row
@@ -23,6 +24,7 @@ class Side:
         answered: its answers by index.
         failed: what went wrong with rows that have none.
         settings: what the answers depend on.
+        unreadable: what is wrong with the pictures of rows that were not asked, by index.
 
     """
 
@@ -30,6 +32,7 @@ class Side:
     answered: Mapping[str, Prediction]
     failed: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_report(
@@ -50,15 +53,21 @@ def make_report(
         ValueError: there is no such row.
 
     """
-    common = [row for row in rows if all(row.index in side.answered for side in sides)]
+    bad = {index: why for side in sides for index, why in side.unreadable.items()}
+    asked = [row for row in rows if row.index not in bad]
+    left_out = merged(data.left_out, {BAD_PICTURE: _named(bad)} if bad else {})
+    common = [row for row in asked if all(row.index in side.answered for side in sides)]
     if not common:
-        raise ValueError(f"none of the {len(rows)} rows got an answer{_first_failure(sides)}")
+        reasons = "".join(f"; {sentence}" for sentence in sentences(left_out))
+        raise ValueError(f"none of the {len(asked)} rows got an answer{_first_failure(sides)}{reasons}")
     references = [row.references for row in common]
     answers = [[side.answered[row.index] for row in common] for side in sides]
     report: dict[str, Any] = {
         "data": str(data.file),
-        "rows": len(rows),
+        "rows": len(asked),
         "scored": len(common),
+        "left_out": left_out,
+        "single_answers": sum(len(texts) == 1 for texts in references) if "vqa" in metrics else 0,
         "models": [
             {
                 "name": side.name,
@@ -96,6 +105,9 @@ def as_table(report: Mapping[str, Any]) -> str:
 def notes(report: Mapping[str, Any], max_tokens: int) -> list[str]:
     """What a reader of the scores must know: rows that are missing, answers that were cut."""
     found = [f"{report['scored']} of {report['rows']} rows of {report['data']} are scored"]
+    found += sentences(report["left_out"])
+    if report["single_answers"]:
+        found.append(f"the VQA score leaves out rows with a single right answer: {report['single_answers']}")
     for model in report["models"]:
         if model["failed"]:
             index, reason = next(iter(model["failed"].items()))
@@ -114,6 +126,10 @@ def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
         *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
     ]
     return "  ".join(cells).rstrip()
+
+
+def _named(bad: Mapping[str, str]) -> list[str]:
+    return [f"row {index} ({why[:LONGEST_REASON]})" for index, why in bad.items()]
 
 
 def _first_failure(sides: Sequence[Side]) -> str:

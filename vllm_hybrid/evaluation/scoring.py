@@ -26,16 +26,16 @@ def choose_metrics(data: Data, wanted: str | None) -> tuple[str, ...]:
         ValueError: an unknown name, or one that the data's answers do not allow.
 
     """
-    several = all(len(row.references) > 1 for row in data.rows)
+    several = sum(len(row.references) > 1 for row in data.rows)
     if wanted is None:
-        return (("exact", "vqa") if several else ("exact",)) if data.asks else CAPTIONS
+        return (("exact", "vqa") if 2 * several > len(data.rows) else ("exact",)) if data.asks else CAPTIONS
     chosen = tuple(dict.fromkeys(name.strip() for name in wanted.split(",")))
     unknown = [name for name in chosen if name not in METRICS]
     if unknown:
         raise ValueError(f"there is no metric {', '.join(unknown)}; choose from {', '.join(METRICS)}")
     if "vqa" in chosen and not several:
         raise ValueError(
-            f"the VQA score compares answers of several people; {data.file} has rows with only one"
+            f"the VQA score compares answers of several people; {data.file} has only one to each question"
         )
     return chosen
 
@@ -69,17 +69,21 @@ def score(
         references: the right answers to each.
 
     Returns:
-        Scores by their usual names.
+        Scores by their usual names. The VQA score is that of the rows with several right answers, and is
+        left out where no row has them.
 
     """
     scores: dict[str, float] = {}
     captions = [name for name in CAPTIONS if name in metrics]
     if captions:
         scores |= score_captions(captions, answers, references)
-    for name, one in (("exact", exact_match), ("vqa", vqa_score)):
-        if name in metrics:
-            label = {"exact": "Exact match", "vqa": "VQA score"}[name]
-            scores[label] = 100 * statistics.fmean(map(one, answers, references))
+    if "exact" in metrics:
+        scores["Exact match"] = 100 * statistics.fmean(map(exact_match, answers, references))
+    several = [
+        vqa_score(answer, texts) for answer, texts in zip(answers, references, strict=True) if len(texts) > 1
+    ]
+    if "vqa" in metrics and several:
+        scores["VQA score"] = 100 * statistics.fmean(several)
     return scores
 
 

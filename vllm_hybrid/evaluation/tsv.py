@@ -12,16 +12,32 @@ import csv
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from ..files import check_present
+from .left_out import (
+    NO_ANSWER,
+    NO_INDEX,
+    NO_OWNER,
+    NO_PICTURE,
+    NO_QUESTION,
+    NOT_A_TABLE,
+    NOT_TEXT,
+    OTHER_CELLS,
+    SAME_INDEX,
+    LeftOut,
+    sentences,
+)
 
 # The variable that names VLMEvalKit's data folder.
 LMU_DATA = "LMUData"
 # A text this short in the column "image" is no picture but the index of the row that has it.
 LONGEST_INDEX = 64
+# What the column of right answers is called.
+ANSWERS = ("answer", "answers")
 # How pictures of a type begin in base64. Anything else is called a JPEG; servers look for themselves.
 _TYPES = {"iVBORw": "png", "R0lGOD": "gif", "UklGR": "webp", "Qk": "bmp"}
 
@@ -52,8 +68,9 @@ class Data:
         file: where it is.
         name: what its pictures' folder is called after.
         columns: what its rows have.
-        rows: those that have a picture, in order.
-        left_out: how many have none.
+        rows: those that can be asked and scored, in order.
+        left_out: those that cannot, by why.
+        places: where rows with a picture of their own start in the file, by index; also those left out.
         digest: SHA-256 of the file.
 
     """
@@ -62,7 +79,8 @@ class Data:
     name: str
     columns: list[str]
     rows: list[Row]
-    left_out: int
+    left_out: LeftOut
+    places: dict[str, int]
     digest: str
 
     @property
@@ -74,28 +92,20 @@ class Data:
         """The row's pictures, as URLs that contain them.
 
         Raises:
-            ValueError: a picture's file, or the row that is to have it, is missing.
+            ValueError: a picture's file is missing.
+            OSError: it cannot be opened.
 
         """
         if "image" not in self.columns:
             return [_file_url(self._find(path)) for path in listed(row.cells["image_path"])]
-        cell = self._image(row)
+        cell = self._image(row.place)
         if len(cell) <= LONGEST_INDEX:
-            owner = self._by_index.get(cell)
-            cell = self._image(owner) if owner else ""
-        if len(cell) <= LONGEST_INDEX:
-            raise ValueError(
-                f"row {row.index} of {self.file} names another row's picture, which is not there"
-            )
+            cell = self._image(self.places[cell])
         return [_url(picture) for picture in listed(cell)]
 
-    @cached_property
-    def _by_index(self) -> dict[str, Row]:
-        return {row.index: row for row in self.rows}
-
-    def _image(self, row: Row) -> str:
+    def _image(self, place: int) -> str:
         with self.file.open("rb") as opened:
-            opened.seek(row.place)
+            opened.seek(place)
             cells = next(csv.reader((line.decode() for line in opened), delimiter="\t"))
         return cells[self.columns.index("image")]
 
@@ -134,26 +144,29 @@ def find_data(name: str) -> Path:
 def read_data(file: Path) -> Data:
     """Read a data file, without its pictures.
 
+    A row with a fault of its own is left out, and said to be; faults of the whole file are refused.
+
     Args:
         file: its columns are "index", "image" or "image_path", "answer" (or "answers") and any others.
 
     Raises:
-        ValueError: a column or an answer is missing, an index comes twice, or it is no such file.
+        ValueError: a column is missing, no row can be asked and scored, or it is no such file.
 
     """
+    check_present(file)
     # Pictures are far longer than what csv takes by default.
     csv.field_size_limit(sys.maxsize)
     digest = hashlib.sha256()
-    try:
-        table = _records(file, digest)
-        columns = [name.removeprefix("\ufeff") for name in next(table, (0, [""]))[1]]
-        _check_columns(file, columns)
-        rows, left_out = _read_rows(file, columns, table)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as a table with tabs: {error}") from error
+    table = _records(file, digest)
+    header = next(table).cells
+    if header is None or not _is_text(header):
+        raise ValueError(f"{file} cannot be read as a table with tabs: its first line is no text in UTF-8")
+    columns = [name.removeprefix("\ufeff") for name in header]
+    _check_columns(file, columns)
+    rows, left_out, places = _read_rows(columns, table)
     if not rows:
-        raise ValueError(f"{file} has no row with a picture")
-    return Data(file, file.stem, columns, rows, left_out, digest.hexdigest())
+        raise ValueError(f"{file} has no row that can be asked and scored; {'; '.join(sentences(left_out))}")
+    return Data(file, file.stem, columns, rows, left_out, places, digest.hexdigest())
 
 
 def listed(cell: str) -> list[str]:
@@ -161,65 +174,132 @@ def listed(cell: str) -> list[str]:
     if cell.startswith("[") and cell.endswith("]"):
         try:
             value = ast.literal_eval(cell)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             return [cell]
-        if value:
-            return [str(text) for text in value]
+        return [str(text) for text in value]
     return [cell]
 
 
-def _records(file: Path, digest: Any) -> Iterator[tuple[int, list[str]]]:
-    """Where each record starts, and its cells."""
-    place = 0
+@dataclass(frozen=True)
+class _Record:
+    """A record of the table: the byte where it starts, its lines, and its cells, None if it has none."""
+
+    place: int
+    first_line: int
+    last_line: int
+    cells: list[str] | None
+
+    @property
+    def name(self) -> str:
+        """What to call it without an index. An unclosed quotation mark takes in lines of other rows."""
+        if self.first_line == self.last_line:
+            return f"line {self.first_line}"
+        return f"lines {self.first_line} to {self.last_line}"
+
+
+def _records(file: Path, digest: Any) -> Iterator[_Record]:
+    """The header, then the rows. Bytes that are not UTF-8 become lone surrogates."""
+    place, line = 0, 0
 
     def lines() -> Iterator[str]:
-        nonlocal place
+        nonlocal place, line
         with file.open("rb") as opened:
-            for line in opened:
-                place += len(line)
-                digest.update(line)
-                yield line.decode()
+            for content in opened:
+                place += len(content)
+                line += 1
+                digest.update(content)
+                yield content.decode(errors="surrogateescape")
 
     reader = csv.reader(lines(), delimiter="\t")
-    start = place
-    for cells in reader:
-        yield start, cells
-        start = place
+    while True:
+        start, first_line = place, line + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            cells = None
+        yield _Record(start, first_line, line, cells)
+
+
+def _is_text(cells: Iterable[str]) -> bool:
+    """Whether all bytes of a record were UTF-8."""
+    try:
+        for cell in cells:
+            cell.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_columns(file: Path, columns: list[str]) -> None:
-    for wanted in (["index"], ["image", "image_path"], ["answer", "answers"]):
+    for wanted in (("index",), ("image", "image_path"), ANSWERS):
         if not set(wanted) & set(columns):
             raise ValueError(f"{file} has no column {' or '.join(wanted)}; it has {', '.join(columns)}")
 
 
-def _read_rows(
-    file: Path, columns: list[str], table: Iterator[tuple[int, list[str]]]
-) -> tuple[list[Row], int]:
-    """The rows with a picture, and how many have none."""
-    answer = "answer" if "answer" in columns else "answers"
-    picture = "image" if "image" in columns else "image_path"
+def _read_rows(columns: list[str], table: Iterator[_Record]) -> tuple[list[Row], LeftOut, dict[str, int]]:
+    """The rows, those left out, and the places of pictures; see `Data`."""
     rows: dict[str, Row] = {}
-    left_out = 0
-    for place, texts in table:
-        if not texts:
+    left_out: LeftOut = {}
+    places: dict[str, int] = {}
+    owners: dict[str, str] = {}
+    for record in table:
+        if record.cells == []:
             continue
-        if len(texts) != len(columns):
-            raise ValueError(
-                f"a row of {file} has {len(texts)} cells for {len(columns)} columns: {texts[0][:20]}"
-            )
-        cells = {column: text for column, text in zip(columns, texts, strict=True) if text}
-        if picture not in cells:
-            left_out += 1
+        why = _record_fault(columns, record, rows)
+        if why is not None:
+            left_out.setdefault(why, []).append(record.name)
             continue
-        cells.pop("image", None)
-        index = cells.pop("index", "")
-        if not index or index in rows:
-            raise ValueError(f"{file} has {f'two rows {index}' if index else 'a row without an index'}")
-        if answer not in cells:
-            raise ValueError(f"row {index} of {file} has no answer to compare with")
-        rows[index] = Row(index, cells, listed(cells.pop(answer)), place)
-    return list(rows.values()), left_out
+        cells = _cells(columns, record)
+        index = cells.pop("index")
+        picture = cells.pop("image", "")
+        if len(picture) > LONGEST_INDEX:
+            places.setdefault(index, record.place)
+        answers = cells.pop(next(name for name in ANSWERS if name in columns), "")
+        row = Row(index, cells, [text for text in listed(answers) if text.strip()], record.place)
+        why = _row_fault(columns, row, picture)
+        if why is not None:
+            left_out.setdefault(why, []).append(f"row {index}")
+            continue
+        rows[index] = row
+        if 0 < len(picture) <= LONGEST_INDEX:
+            owners[index] = picture
+    for index, owner in owners.items():
+        if owner not in places:
+            del rows[index]
+            left_out.setdefault(NO_OWNER, []).append(f"row {index}")
+    return list(rows.values()), left_out, places
+
+
+def _cells(columns: list[str], record: _Record) -> dict[str, str]:
+    """A record's texts by column, those that are blank left out."""
+    return {column: text for column, text in zip(columns, record.cells or (), strict=True) if text.strip()}
+
+
+def _record_fault(columns: list[str], record: _Record, rows: Mapping[str, Row]) -> str | None:
+    """Why a record is no row with a name of its own; None if it is."""
+    if record.cells is None:
+        return NOT_A_TABLE
+    if len(record.cells) != len(columns):
+        return OTHER_CELLS
+    if not _is_text(record.cells):
+        return NOT_TEXT
+    index = _cells(columns, record).get("index")
+    if index is None:
+        return NO_INDEX
+    return SAME_INDEX if index in rows else None
+
+
+def _row_fault(columns: list[str], row: Row, picture: str) -> str | None:
+    """Why a row cannot be asked or scored; None if it can."""
+    if not picture and ("image" in columns or "image_path" not in row.cells):
+        return NO_PICTURE
+    if not row.references:
+        return NO_ANSWER
+    if "question" in columns and "question" not in row.cells and not {"A", "B"} <= set(row.cells):
+        return NO_QUESTION
+    return None
 
 
 def _url(encoded: str) -> str:
