@@ -60,6 +60,7 @@ def parts(modules: list[str], package: str) -> list[str]:
     return [name.rsplit(".", 1)[1] for name in modules if name.startswith(f"{package}.")]
 
 
+@pytest.mark.engine
 def test_a_cuda_process_loads_nothing_for_cpus() -> None:
     modules, same = loaded("cuda", "vllm_hybrid.cuda_worker", "triton")
     assert "cuda_worker" in parts(modules, "vllm_hybrid") and "gpu_attention" in parts(modules, "vllm_hybrid")
@@ -68,6 +69,7 @@ def test_a_cuda_process_loads_nothing_for_cpus() -> None:
     assert all(same), "importing the library changed torch's CUDA functions"
 
 
+@pytest.mark.engine
 def test_a_cpu_process_loads_nothing_for_cuda() -> None:
     modules, _ = loaded("cpu", "vllm_hybrid.cpu_worker", "cpu")
     assert {"cpu_worker", "cpu_attention", "cpu_dense"} <= set(parts(modules, "vllm_hybrid"))
@@ -81,16 +83,12 @@ def test_the_settings_name_the_platform_s_worker(
 ) -> None:
     from types import SimpleNamespace
 
+    from tests.test_settings import configure
     from vllm_hybrid import settings
     from vllm_hybrid.config import HybridConfig
 
+    configuration = configure({"fastv_ratio": 0.5})
     platforms = SimpleNamespace(is_cuda=lambda: platform == "cuda")
     monkeypatch.setattr(settings, "current_platform", platforms)
-    configuration = SimpleNamespace(
-        cache_config=SimpleNamespace(user_specified_block_size=True),
-        scheduler_config=SimpleNamespace(),
-        compilation_config=SimpleNamespace(cudagraph_mode=None),
-        parallel_config=SimpleNamespace(),
-    )
-    settings._complete(configuration, HybridConfig())  # type: ignore[arg-type]
+    settings._complete(configuration, HybridConfig())
     assert configuration.parallel_config.worker_cls.split(".")[:2] == ["vllm_hybrid", module]

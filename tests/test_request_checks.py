@@ -1,19 +1,43 @@
-"""Requests for scores of prompt rows are refused while image tokens are reduced, whatever asks for them."""
+"""Requests that reduced image tokens cannot answer are refused, by the engine that reduces them and no other.
+
+Input processors are made as an API server makes them; no engine is started.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import mm_input
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
+from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_hybrid import request_checks
+from tests.engines import STOCK
+from tests.test_settings import PRUNES, configure
+from tests.tiny_checkpoints import make_images
+from vllm_hybrid import beam_steps, request_checks
+from vllm_hybrid.request_checks import ImageInput
+
+# Not LLaVA's sizes: nothing may be taken for granted.
+IMAGE = ImageInput(patches=49, side=98, hidden=32, dtype=torch.float16)
+PICTURES = list(make_images(3).values())
+SCORES = SamplingParams(prompt_logprobs=1, max_tokens=4)
 
 
-@pytest.fixture
-def active(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(request_checks._state, "active", True)
+# --------------------------------------------------------------------------------------------------
+# Scores of the prompt
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -28,24 +52,214 @@ def active(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"prompt_logprob_token_ids": [[7] * 9] * 500}, r"prompt_logprob_token_ids=.{1,60} is not supported"),
     ],
 )
-def test_scores_of_prompt_rows_are_refused(active: None, asks: dict[str, Any], sentence: str) -> None:
+def test_scores_of_prompt_rows_are_refused(asks: dict[str, Any], sentence: str) -> None:
     with pytest.raises(VLLMValidationError, match=sentence) as refused:
-        request_checks.check_request(SamplingParams(**asks))
+        request_checks.check_scores(SamplingParams(**asks))
     assert refused.value.parameter == next(iter(asks))
     assert len(str(refused.value)) < 300
 
 
-def test_scores_of_answers_are_served(active: None) -> None:
-    request_checks.check_request(SamplingParams(logprobs=5, logprob_token_ids=[1, 2]))
-
-
-def test_a_server_that_reduces_nothing_scores_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    # An engine that an earlier test started in this process has switched the check on.
-    monkeypatch.setitem(request_checks._state, "active", False)
-    request_checks.check_request(SamplingParams(prompt_logprobs=1))
+def test_scores_of_answers_are_served() -> None:
+    request_checks.check_scores(SamplingParams(logprobs=5, logprob_token_ids=[1, 2]))
 
 
 def test_every_parameter_that_scores_the_prompt_is_known() -> None:
     """A vLLM that brings another one has to be looked at."""
     scores = {name for name in SamplingParams.__struct_fields__ if name.startswith("prompt_logprob")}
     assert scores - {"prompt_logprob_start"} == set(request_checks.PROMPT_SCORES)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+# --------------------------------------------------------------------------------------------------
+
+
+def item(**tensors: Any) -> MultiModalKwargsItem:
+    """The data of one image, as an input processor gets it."""
+    field = MultiModalBatchedField()
+    return MultiModalKwargsItem(
+        {name: MultiModalFieldElem(data=data, field=field) for name, data in tensors.items()}
+    )
+
+
+def feature(data: MultiModalKwargsItem | None, length: int = 49, **options: Any) -> MultiModalFeatureSpec:
+    mask = options.pop("is_embed", None)
+    given = {"modality": "image", "identifier": "an image"} | options
+    return MultiModalFeatureSpec(data=data, mm_position=PlaceholderRange(3, length, mask), **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_whole_images_are_taken(dtype: torch.dtype) -> None:
+    features = [
+        feature(item(pixel_values=torch.randn(3, 98, 98, dtype=dtype))),
+        feature(item(image_embeds=torch.randn(49, 32, dtype=dtype))),
+        feature(None),
+        feature(item(address=1, monotonic_id=2, signature=[3])),
+        feature(None, is_embed=torch.ones(49, dtype=torch.bool)),
+    ]
+    request_checks.check_features(features, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (feature(None, length=48), "48 positions of the prompt"),
+        (feature(None, length=98), "98 positions of the prompt"),
+        (feature(None, is_embed=torch.arange(49) > 0), "has rows for 48; this model takes 49"),
+        (feature(None, length=50, is_embed=torch.arange(50) > 0), "50 positions of the prompt"),
+        (feature(None, modality="prompt_embeds"), "prompt_embeds is not supported"),
+        (feature(item()), "an image comes as"),
+        (feature(item(pixel_values=torch.zeros(3, 112, 112))), r"pixel_values .* \[3, 112, 112\]"),
+        (feature(item(pixel_values=torch.zeros(98, 98, 3))), r"this model takes \[3, 98, 98\]"),
+        (feature(item(pixel_values=torch.full((3, 98, 98), torch.nan))), "pixel_values .* not finite"),
+        (feature(item(image_embeds=torch.zeros(48, 32))), r"image_embeds .* \[48, 32\]; .* takes \[49, 32\]"),
+        (feature(item(image_embeds=torch.zeros(49, 33))), r"image_embeds .* has shape \[49, 33\]"),
+        (feature(item(image_embeds=torch.zeros(49 * 32))), r"image_embeds .* has shape \[1568\]"),
+        (feature(item(image_embeds=torch.zeros(49, 32, dtype=torch.int64))), "is torch.int64; give floating"),
+        (feature(item(image_embeds=torch.zeros(49, 32, dtype=torch.complex64))), "is torch.complex64; give"),
+        (feature(item(image_embeds=[[0.0] * 32] * 49)), "is list; give floating"),
+        (feature(item(image_embeds=torch.full((49, 32), torch.inf))), "not finite in torch.float16"),
+        # Finite as it comes, infinite in what the model computes in.
+        (feature(item(image_embeds=torch.full((49, 32), 1e6))), "not finite in torch.float16"),
+    ],
+)
+def test_anything_else_is_refused(wrong: MultiModalFeatureSpec, sentence: str) -> None:
+    right = feature(item(image_embeds=torch.zeros(49, 32)))
+    with pytest.raises(VLLMValidationError, match=sentence) as refused:
+        request_checks.check_features([right, wrong], IMAGE)
+    assert "\n" not in str(refused.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Input processors
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processors() -> Iterator[dict[str, InputProcessor]]:
+    """Those of two engines in one process, ours made between two of vLLM's own model."""
+    made = {
+        "before": InputProcessor(configure(None, STOCK)),
+        "ours": InputProcessor(configure(PRUNES, enable_mm_embeds=True)),
+        "after": InputProcessor(configure(None, STOCK)),
+        "off": InputProcessor(configure(None)),
+    }
+    yield made
+    for processor in made.values():
+        processor.renderer.shutdown()
+
+
+def rendered(processor: InputProcessor, data: Any, count: int = 1) -> Any:
+    """A prompt with images, or their embeddings, as the server hands it to the input processor."""
+    prompt = {"prompt": "<image>" * count + " What is here?", "multi_modal_data": {"image": data}}
+    return processor.renderer.render_cmpl([prompt])[0]
+
+
+def accept(processor: InputProcessor, prompt: Any, params: SamplingParams, **options: Any) -> Any:
+    return processor.process_inputs("a request", prompt, params, ("generate",), **options)
+
+
+@pytest.mark.parametrize("name", ["before", "after", "off"])
+def test_another_engine_of_the_process_scores_prompts(
+    processors: dict[str, InputProcessor], name: str
+) -> None:
+    prompt = rendered(processors["ours"], [PICTURES[0]])
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs=1 is not supported"):
+        accept(processors["ours"], prompt, SCORES)
+    assert type(processors[name]) is InputProcessor
+    prompt = rendered(processors[name], [PICTURES[0]])
+    assert accept(processors[name], prompt, SCORES).sampling_params.prompt_logprobs == 1
+
+
+@pytest.mark.parametrize("shape", [(100, 128), (577, 128), (0, 128), (576, 129)])
+@pytest.mark.parametrize("listed", [True, False])
+def test_embeddings_of_no_whole_image_reach_no_cache(
+    processors: dict[str, InputProcessor], shape: tuple[int, int], listed: bool
+) -> None:
+    ours = processors["ours"]
+    given = [torch.randn(576, 128), torch.randn(shape)] if listed else torch.randn(2, *shape)
+    with pytest.raises(
+        (ValueError, VLLMValidationError), match=r"takes \[576, 128\]|hidden dimension mismatch"
+    ):
+        rendered(ours, given, 2)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_embeddings_of_whole_images_are_accepted(processors: dict[str, InputProcessor], listed: bool) -> None:
+    given = torch.randn(2, 576, 128)
+    prompt = rendered(processors["ours"], list(given) if listed else given, 2)
+    features = accept(processors["ours"], prompt, SamplingParams(max_tokens=4)).mm_features
+    assert [f.mm_position.length for f in features] == [576, 576]
+    for sent, known in zip(features, given, strict=True):
+        assert torch.equal(sent.data["image_embeds"].data, known)
+
+
+def test_an_image_that_the_engine_was_not_sent_is_sent_again(processors: dict[str, InputProcessor]) -> None:
+    """A refused request's images are not among those that the engine has."""
+    ours = processors["ours"]
+    for refused in (SCORES, SamplingParams(max_tokens=4, logprobs=10**6)):
+        with pytest.raises((ValueError, VLLMValidationError), match="logprobs"):
+            accept(ours, rendered(ours, [PICTURES[1]]), refused)
+    sent = accept(ours, rendered(ours, [PICTURES[1]]), SamplingParams(max_tokens=4)).mm_features
+    again = accept(ours, rendered(ours, [PICTURES[1]]), SamplingParams(max_tokens=4)).mm_features
+    assert sent[0].data is not None and again[0].data is None
+
+
+def test_images_that_came_by_no_processor_are_looked_at(processors: dict[str, InputProcessor]) -> None:
+    """As clients of vLLM's token API send them."""
+    data = item(pixel_values=torch.randn(3, 336, 336))
+    for length, wanted in ((576, None), (100, "100 positions")):
+        prompt = mm_input(
+            [1] * 700,
+            mm_kwargs=MultiModalKwargsItems({"image": [data]}),
+            mm_hashes={"image": [f"{length}"]},
+            mm_placeholders={"image": [PlaceholderRange(5, length)]},
+        )
+        if wanted is None:
+            accept(processors["ours"], prompt, SamplingParams())
+            continue
+        with pytest.raises(VLLMValidationError, match=wanted):
+            accept(processors["ours"], prompt, SamplingParams())
+
+
+def test_a_prompt_with_images_is_not_sent_in_pieces(processors: dict[str, InputProcessor]) -> None:
+    ours = processors["ours"]
+    with pytest.raises(VLLMValidationError, match="sent in pieces"):
+        accept(ours, rendered(ours, [PICTURES[2]]), SamplingParams(), resumable=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps of beam searches
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_beam_s_step_says_where_its_prompt_ended(processors: dict[str, InputProcessor]) -> None:
+    from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
+    from vllm.v1.request import Request
+
+    ours = processors["ours"]
+    prompt = rendered(ours, [PICTURES[3]])
+    length = len(prompt["prompt_token_ids"])
+    shared = SamplingParams(max_tokens=1, skip_clone=True)
+    for chosen in ([], [7], [7, 8, 9]):
+        step = BeamSearchSequence(
+            prompt, tokens=prompt["prompt_token_ids"] + chosen, logprobs=[]
+        ).get_prompt()
+        request = Request.from_engine_core_request(accept(ours, step, shared), None)
+        assert request.num_prompt_tokens == length + len(chosen)
+        assert beam_steps.prompt_tokens(request) == length
+    assert shared.extra_args is None
+
+
+def test_a_client_cannot_say_where_its_prompt_ended(processors: dict[str, InputProcessor]) -> None:
+    from vllm.v1.request import Request
+
+    ours = processors["ours"]
+    for extra, left in (
+        ({beam_steps.PROMPT_TOKENS: 1}, None),
+        ({beam_steps.PROMPT_TOKENS: 1, "x": 2}, {"x": 2}),
+    ):
+        params = SamplingParams(extra_args=extra)
+        request = Request.from_engine_core_request(accept(ours, rendered(ours, [PICTURES[3]]), params), None)
+        assert beam_steps.prompt_tokens(request) == request.num_prompt_tokens
+        assert request.sampling_params.extra_args == left

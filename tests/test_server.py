@@ -6,16 +6,25 @@ import base64
 import io
 import json
 import time
+import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from openai import BadRequestError, OpenAI
 from PIL import Image
 
-from tests.engines import ServingReference, checkpoint, hybrid_section, images
+from tests.engines import (
+    CHOICE_MARGIN,
+    TOLERANCE,
+    ServingReference,
+    checkpoint,
+    hybrid_section,
+    images,
+)
 from tests.server import Server
 from tests.tiny_checkpoints import PATCHES, prompt
 from vllm_hybrid import cli
@@ -26,7 +35,8 @@ QUESTION = "What is in the image?"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(checkpoint(), tmp_path_factory.mktemp("server") / "log", hybrid_section("both"))
+    log = tmp_path_factory.mktemp("server") / "log"
+    running = Server(checkpoint(), log, hybrid_section("both"), "--enable-mm-embeds", "--enable-scale-out")
     try:
         yield running.ready()
     finally:
@@ -35,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as opened:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=None) as opened:
         yield opened
 
 
@@ -51,10 +61,25 @@ def data_url(content: bytes) -> str:
 
 def ask(client: OpenAI, *urls: str, text: str = QUESTION, **options: Any) -> Any:
     """One chat completion about these images, greedy unless told otherwise."""
-    parts: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    parts.append({"type": "text", "text": text})
+    return ask_parts(client, *[image_part(url) for url in urls], {"type": "text", "text": text}, **options)
+
+
+def ask_parts(client: OpenAI, *parts: Any, **options: Any) -> Any:
+    """One chat completion about these content parts, greedy unless told otherwise."""
     usual: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 8}
-    return client.chat.completions.create(messages=[{"role": "user", "content": parts}], **(usual | options))
+    messages: list[Any] = [{"role": "user", "content": list(parts)}]
+    return client.chat.completions.create(messages=messages, **(usual | options))
+
+
+def image_part(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def embeddings_part(embeddings: torch.Tensor) -> dict[str, Any]:
+    """An image whose features a client computed."""
+    buffer = io.BytesIO()
+    torch.save(embeddings, buffer)
+    return {"type": "image_embeds", "image_embeds": base64.b64encode(buffer.getvalue()).decode()}
 
 
 def said(answer: Any) -> str:
@@ -144,6 +169,82 @@ def test_prompt_log_probabilities_are_refused_in_one_sentence(client: OpenAI) ->
     assert said(ask(client, url()))
 
 
+def test_embeddings_of_no_whole_image_are_refused_and_the_server_goes_on(client: OpenAI) -> None:
+    whole = torch.randn(PATCHES, 128)
+    broken = whole.clone()
+    broken[3, 5] = torch.nan
+    wrong = [whole[:100], torch.randn(PATCHES + 1, 128), whole[:, :64], broken]
+    # Beside floating-point numbers vLLM would take others for such.
+    for parts in [[whole.long()], *([part] for part in wrong), *([whole, part] for part in wrong)]:
+        with pytest.raises(BadRequestError, match="image_embeds of an image|hidden dimension mismatch"):
+            ask_parts(client, *map(embeddings_part, parts), {"type": "text", "text": QUESTION})
+    assert said(ask(client, url()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_embeddings_are_served_unmerged_and_pruned(client: OpenAI, dtype: torch.dtype) -> None:
+    section = hybrid_section("fastv")
+    reference = ServingReference(checkpoint(), section)
+    # The chat template's prompt has no <s>.
+    ids = reference.prompt_ids(prompt(QUESTION))[1:]
+    picture = next(i for i in images(8) if reference.choices(ids, [i])[0].margin > CHOICE_MARGIN)
+    features = embeddings_part(reference.encode(picture)[0].to(dtype))
+    answer = ask_parts(
+        client,
+        features,
+        {"type": "text", "text": QUESTION},
+        logprobs=True,
+        extra_body={"return_token_ids": True},
+    )
+    assert answer.prompt_token_ids == ids
+    wanted = reference.score(ids, [picture], answer.choices[0].token_ids).logprobs
+    found = [entry.logprob for entry in answer.choices[0].logprobs.content]
+    assert found == pytest.approx(wanted.tolist(), abs=TOLERANCE)
+
+
+def test_the_picture_of_a_refused_request_can_be_asked_about(client: OpenAI) -> None:
+    picture = data_url(png(Image.effect_noise((200, 300), 90)))
+    with pytest.raises(BadRequestError, match="prompt_logprobs=1 is not supported"):
+        ask(client, picture, extra_body={"prompt_logprobs": 1})
+    assert said(ask(client, picture))
+
+
+def test_features_that_a_client_made_are_looked_at(server: Server, client: OpenAI) -> None:
+    """By vLLM's token API; the features are those that a server rendered, but for their places."""
+    message = {"role": "user", "content": [image_part(url(6)), {"type": "text", "text": QUESTION}]}
+    rendered = server.post("/v1/chat/completions/render", {"model": "tiny", "messages": [message]})
+    request = rendered | {"sampling_params": {"max_tokens": 8, "temperature": 0}}
+    (place,) = request["features"]["mm_placeholders"]["image"]
+    assert place["length"] == PATCHES
+    for length in (100, PATCHES - 1):
+        place["length"] = length
+        request["features"]["mm_hashes"]["image"] = [f"of {length}"]
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            server.post("/inference/v1/generate", request)
+    place["length"] = PATCHES
+    request["features"]["mm_hashes"]["image"] = ["whole"]
+    (choice,) = server.post("/inference/v1/generate", request)["choices"]
+    answer = ask(client, url(6), extra_body={"return_token_ids": True})
+    assert choice["token_ids"] == answer.choices[0].token_ids
+
+
+def test_one_beam_is_the_greedy_answer(client: OpenAI) -> None:
+    """What is dropped of an image is the prompt's choice, not that of what the beam has chosen since."""
+    for number in range(3):
+        greedy, beam = (
+            ask(
+                client,
+                url(number),
+                logprobs=True,
+                extra_body={"use_beam_search": searched, "ignore_eos": True},
+            )
+            for searched in (False, True)
+        )
+        wanted, found = ([e.logprob for e in a.choices[0].logprobs.content] for a in (greedy, beam))
+        assert found == pytest.approx(wanted, abs=TOLERANCE)
+        assert said(beam).strip() == said(greedy).strip()
+
+
 def test_many_clients_get_the_answers_they_would_get_alone(client: OpenAI) -> None:
     asked = [(url(i % 8), f"Question {i % 16}?") for i in range(32)]
     alone = {pair: said(ask(client, pair[0], text=pair[1])) for pair in asked[:16]}
@@ -152,14 +253,17 @@ def test_many_clients_get_the_answers_they_would_get_alone(client: OpenAI) -> No
     assert together == [alone[pair] for pair in asked]
 
 
-def wait_until_idle(server: Server) -> None:
-    """Wait for a request-free server with an empty KV cache; fail when it does not get there."""
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
+def wait_until_idle(server: Server, client: OpenAI) -> None:
+    """Wait for a request-free server with an empty KV cache; fail when it does not get there.
+
+    The server is given steps to get there, not time: each round is a request answered from first to last.
+    """
+    for _ in range(50):
         seen = server.metrics()
         if seen["vllm:num_requests_running"] == 0 == seen["vllm:kv_cache_usage_perc"]:
             return
-        time.sleep(0.2)
+        client.completions.create(model="tiny", prompt="Hello", max_tokens=1)
+        time.sleep(0.1)
     raise AssertionError("requests or KV blocks are left over")
 
 
@@ -168,11 +272,10 @@ def test_a_client_that_leaves_leaves_nothing_behind(server: Server, client: Open
     before = server.metrics()[generated]
     stream = ask(client, url(), stream=True, max_tokens=1400, extra_body={"ignore_eos": True})
     next(stream)
-    end = time.monotonic() + 20
-    while server.metrics()["vllm:kv_cache_usage_perc"] == 0:
-        assert time.monotonic() < end, "the request never held a block"
+    while (seen := server.metrics())["vllm:kv_cache_usage_perc"] == 0:
+        assert seen[generated] - before < 1400, "the request never held a block"
     stream.close()
-    wait_until_idle(server)
+    wait_until_idle(server, client)
     assert server.metrics()[generated] - before < 1400, "the answer was completed for nobody"
 
 
@@ -186,7 +289,7 @@ def test_the_counters_say_what_was_reduced(server: Server, client: OpenAI) -> No
     urls = [data_url(png(image)) for image in pictures]
     ask(client, urls[0], text="How many?", max_tokens=6, extra_body={"ignore_eos": True})
     ask(client, *urls[1:], text="Which?", max_tokens=1)
-    wait_until_idle(server)
+    wait_until_idle(server, client)
     after = server.metrics()
     wanted = {
         "images": 3,
@@ -221,7 +324,7 @@ def test_eval_gets_the_answers_that_clients_get(
 def test_a_wrong_section_stops_the_server_at_start(tmp_path: Any) -> None:
     failing = Server(checkpoint(), tmp_path / "log", {"fastv_ratio": 2})
     try:
-        assert failing.process.wait(120) != 0
+        assert failing.process.wait() != 0
     finally:
         failing.kill()
     assert "hybrid.fastv_ratio is 2; give a number from 0 up to but not including 1" in failing.output
@@ -229,7 +332,5 @@ def test_a_wrong_section_stops_the_server_at_start(tmp_path: Any) -> None:
 
 def test_an_interrupt_ends_the_server_cleanly(server: Server) -> None:
     """Last, because the server is gone after it."""
-    start = time.monotonic()
     assert server.interrupt() == 0
-    assert time.monotonic() - start < 15
     assert "vllm_hybrid/" not in server.output

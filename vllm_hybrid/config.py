@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -70,15 +71,25 @@ class HybridConfig:
         if not isinstance(section, dict):
             known = ", ".join(KNOWN_KEYS)
             raise ValueError(f"hybrid is {section!r}; give an object with keys from {known}, or null")
-        for key in section:
-            if key not in KNOWN_KEYS:
-                raise ValueError(f"hybrid.{key} is not a known key; use one of {', '.join(KNOWN_KEYS)}")
+        check_keys(section)
         thresholds, level, levels = _parse_levels(section, vision_layers)
         ratio = _parse_ratio(section.get("fastv_ratio", 0))
         layer = section.get("fastv_layer", DEFAULT_FASTV_LAYER)
         if ratio > 0 or "fastv_layer" in section:
             layer = _parse_layer(layer, decoder_layers)
         return cls(thresholds, layer, ratio, level, levels)
+
+
+def check_keys(keys: Iterable[object]) -> None:
+    """Refuse a key that no section has.
+
+    Raises:
+        ValueError: the first one.
+
+    """
+    for key in keys:
+        if key not in KNOWN_KEYS:
+            raise ValueError(f"hybrid.{key} is not a known key; use one of {', '.join(KNOWN_KEYS)}")
 
 
 def _parse_levels(

@@ -15,7 +15,6 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
 from .checkpoint import ARCHITECTURE
-from .settings import hybrid_config
 
 PREFIX = "vllm_hybrid:"
 _LABELS = ("model_name", "engine")
@@ -35,6 +34,13 @@ def counters() -> dict[str, Counter]:
     return {name: Counter(PREFIX + name, meaning, _LABELS) for name, meaning in _MEANINGS.items()}
 
 
+def _is_active(hf_config: Any) -> bool:
+    # Not at the top: this file is loaded for every model, and must not fail for one that is not ours.
+    from .settings import hybrid_config
+
+    return hybrid_config(hf_config).active
+
+
 class HybridStatLogger(StatLoggerBase):
     """Counts what one engine reduced; silent for engines that reduce nothing."""
 
@@ -42,7 +48,7 @@ class HybridStatLogger(StatLoggerBase):
         self.labels = (vllm_config.model_config.served_model_name, str(engine_index))
         hf_config = vllm_config.model_config.hf_config
         ours = ARCHITECTURE in (getattr(hf_config, "architectures", None) or [])
-        self.reduces = ours and hybrid_config(hf_config).active
+        self.reduces = ours and _is_active(hf_config)
 
     def record(
         self,

@@ -15,7 +15,6 @@ from vllm.model_executor.models.llava import (
     LlavaImageEmbeddingInputs,
     LlavaMultiModalProcessor,
     LlavaMultiModalProjector,
-    LlavaProcessingInfo,
     init_vision_tower_for_llava,
 )
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
@@ -25,8 +24,9 @@ from vllm.sequence import IntermediateTensors
 from .config import HybridConfig
 from .decoder import HybridLlamaForCausalLM
 from .planning import RowPlan, StepImages
+from .processing_info import HybridProcessingInfo
 from .row_shapes import by_blocks
-from .settings import hybrid_config, num_patches
+from .settings import check_decided, hybrid_config, num_patches
 from .vision import encode_merged
 
 # bf16 holds integers exactly only up to 256, so a patch's owner travels as two digits of this base.
@@ -35,7 +35,7 @@ _OWNER_CHANNELS = 2
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    LlavaMultiModalProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+    LlavaMultiModalProcessor, info=HybridProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
     """LLaVA-1.5 served with DyMU merging, virtual unmerging and FastV pruning.
@@ -57,6 +57,8 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         hf_config = vllm_config.model_config.hf_config
         hybrid = hybrid_config(hf_config)
         if hybrid.active:
+            # Here too: engines without an API server of their own have no other place.
+            check_decided(vllm_config)
             self._init_reduced(vllm_config, prefix, hybrid)
         else:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -71,6 +73,7 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         self.config = config
         self.multimodal_config = vllm_config.model_config.multimodal_config
         self.patches = num_patches(config)
+        self.dtype = vllm_config.model_config.dtype
         self.configure_mm_token_handling(
             vocab_size=config.text_config.vocab_size, mm_token_ids=[config.image_token_index]
         )
@@ -114,7 +117,7 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
             return []
         if isinstance(image_input, LlavaImageEmbeddingInputs):
             # Features computed elsewhere come unmerged.
-            features = torch.stack(list(image_input["data"]))
+            features = torch.stack(list(image_input["data"])).to(self.dtype)
             owner = torch.arange(self.patches, device=features.device).expand(features.shape[0], -1)
             return self._with_owners(features, owner)
         merged = encode_merged(
@@ -161,7 +164,8 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         """Embed a step's rows and remember its images for the forward pass that follows.
 
         Raises:
-            RuntimeError: an image is not wholly inside the step.
+            RuntimeError: an image is not wholly inside the step, or an encoder output is none of
+                :meth:`embed_multimodal`, and so names no owners.
 
         """
         if not self.hybrid.active:
@@ -175,6 +179,13 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
             raise RuntimeError(
                 f"a step holds image pieces of {sorted(sizes)} rows, not whole images of {self.patches}; "
                 "the scheduler must not split images"
+            )
+        width = self.config.text_config.hidden_size + _OWNER_CHANNELS
+        widths = {e.shape[1] for e in multimodal_embeddings}
+        if widths != {width}:
+            raise RuntimeError(
+                f"a step holds encoder outputs of width {sorted(widths)}, not {width}: they do not say which "
+                "patches their rows own"
             )
         owner = self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in multimodal_embeddings]))
         # Both runners hand the mask over on the host, so finding the images asks the device nothing.

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+from . import refusal, versions
 from .checkpoint import ARCHITECTURE
-from .settings import HybridSettings
 
 
 def register() -> None:
-    """Register the model and its configuration hook, the KV tiers and the attention backend."""
+    """Register the package with vLLM, or else a refusal of its own architecture.
+
+    vLLM calls this for every model of the environment, so nothing that is wrong here may end another's start.
+    """
+    try:
+        versions.check()
+    except RuntimeError as error:
+        refusal.register(str(error))
+        return
+    try:
+        _register()
+    except Exception as error:
+        refusal.register(
+            f"vllm-hybrid cannot be loaded beside the installed vLLM ({type(error).__name__}: {error}); "
+            "install both anew"
+        )
+
+
+def _register() -> None:
+    """The model and its configuration hook, the KV tiers, and the checks of requests."""
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    # Importing tiers registers the cache specs.
+    from . import beam_steps, input_processor, tiers  # noqa: F401
+    from .settings import HybridSettings
+
+    beam_steps.install()
+    input_processor.install()
     ModelRegistry.register_model(ARCHITECTURE, "vllm_hybrid.model:LlavaHybridForConditionalGeneration")
     MODELS_CONFIG_MAP[ARCHITECTURE] = HybridSettings
-    from . import request_checks, tiers  # noqa: F401  (importing tiers registers the cache specs)
-
-    request_checks.install()

@@ -9,22 +9,33 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import PretrainedConfig
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from . import request_checks
-from .checkpoint import check_shape, merging_layers
+from . import overrides
+from .checkpoint import ARCHITECTURE, check_format, check_shape, merging_layers, read_config
 from .config import HybridConfig
+from .weights import check_weights
 
 # vLLM shows what its own loggers and those below them say.
 logger = init_logger(f"vllm.{__name__}")
 
 DEFAULT_BLOCK_SIZE = 16
 FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
+RUST_FRONT_END = "VLLM_USE_RUST_FRONTEND"
+SCHEDULER = "vllm_hybrid.scheduler.make_scheduler"
+WORKERS = {
+    "cpu": "vllm_hybrid.cpu_worker.HybridCPUWorker",
+    "cuda": "vllm_hybrid.cuda_worker.HybridCUDAWorker",
+}
+# Ways of loading that read safetensors files where there are any.
+CHECKED_FORMATS = ("auto", "hf", "safetensors")
 GRAPH_MODES = ("default", "NONE", "FULL_DECODE_ONLY")
 
 
@@ -49,7 +60,17 @@ def hybrid_config(hf_config: PretrainedConfig) -> HybridConfig:
 
 
 class HybridSettings(VerifyAndUpdateConfig):
-    """vLLM's hook for a model that needs its own configuration."""
+    """vLLM's hooks for a model that needs its own configuration."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Let an override of the ``hybrid`` section change the keys that it names, and no others.
+
+        Raises:
+            ValueError: the override has an unknown key.
+
+        """
+        overrides.apply(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -59,19 +80,41 @@ class HybridSettings(VerifyAndUpdateConfig):
             ValueError: the checkpoint or an option cannot be served; one sentence says which and why.
 
         """
-        hf_config = vllm_config.model_config.hf_config
-        check_shape(hf_config)
-        hybrid = hybrid_config(hf_config)
+        model_config = vllm_config.model_config
+        check_shape(model_config.hf_config)
+        hybrid = hybrid_config(model_config.hf_config)
+        check_files(vllm_config)
         if current_platform.is_cuda():
             sample_without_flashinfer()
-        if not hybrid.active:
-            logger.info("vllm-hybrid: no merging, no pruning: vLLM's own LLaVA serves.")
-            return
-        for problem in unsupported_options(vllm_config, hybrid):
-            raise ValueError(problem)
-        _complete(vllm_config, hybrid)
-        request_checks.activate()
-        logger.info("vllm-hybrid: %s", describe(hybrid))
+        if hybrid.active:
+            for problem in unsupported_options(vllm_config, hybrid):
+                raise ValueError(problem)
+            _complete(vllm_config, hybrid)
+        logger.info("vllm-hybrid: %s", describe(hybrid, overrides.applied(model_config)))
+
+
+def check_files(vllm_config: VllmConfig) -> None:
+    """Refuse a checkpoint's folder whose files vLLM would fail on, or take for another model's.
+
+    A checkpoint that vLLM downloads is not there yet, and weights of other kinds than safetensors, or none,
+    are vLLM's own business.
+
+    Raises:
+        ValueError: the first fault, in one sentence.
+
+    """
+    model_config = vllm_config.model_config
+    source = Path(model_config.hf_config_path or model_config.model)
+    if source.is_dir():
+        # What an override calls the model counts, not what its configuration does.
+        served = {
+            "architectures": [model_config.architecture],
+            "model_type": model_config.hf_config.model_type,
+        }
+        check_format(source, read_config(source) | served)
+    folder = Path(model_config.model)
+    if vllm_config.load_config.load_format in CHECKED_FORMATS and any(folder.glob("*.safetensors")):
+        check_weights(folder, model_config.hf_config)
 
 
 def sample_without_flashinfer() -> None:
@@ -101,9 +144,9 @@ def _graph_mode(vllm_config: VllmConfig) -> str:
     return "default" if mode is None else mode.name
 
 
-def describe(hybrid: HybridConfig) -> str:
-    """One line that says what is switched on."""
-    parts = []
+def describe(hybrid: HybridConfig, overridden: Sequence[str] = ()) -> str:
+    """One line that says what is switched on, and what was overridden."""
+    parts = [] if hybrid.active else ["no merging, no pruning: vLLM's own LLaVA serves"]
     if hybrid.merges:
         level = f" (level {hybrid.level})" if hybrid.level else ""
         parts.append(f"merging in the vision tower{level}, virtual unmerging")
@@ -111,14 +154,36 @@ def describe(hybrid: HybridConfig) -> str:
         parts.append(
             f"FastV pruning after layer {hybrid.fastv_layer} of {hybrid.fastv_ratio:g} of an image's tokens"
         )
-    return ", ".join(parts) + "."
+    changes = f" Overridden: {'; '.join(overridden)}." if overridden else ""
+    return f"{', '.join(parts)}.{changes}"
+
+
+def reduces(vllm_config: VllmConfig) -> bool:
+    """Whether a configuration is of our architecture with anything switched on."""
+    model = vllm_config.model_config
+    return model is not None and model.architecture == ARCHITECTURE and hybrid_config(model.hf_config).active
+
+
+def check_decided(vllm_config: VllmConfig) -> None:
+    """Refuse what vLLM decided after it had called :class:`HybridSettings`.
+
+    Raises:
+        ValueError: an option cannot be served; one sentence says which and why.
+
+    """
+    for problem in unsupported_options(vllm_config, hybrid_config(vllm_config.model_config.hf_config)):
+        raise ValueError(problem)
 
 
 def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[str]:
-    """Every option that is set and would be wrong with reduced image tokens, a sentence each."""
+    """Every option that is set and would be wrong with reduced image tokens, a sentence each.
+
+    Some options name others, which vLLM sets only later, so both are looked at; and all are looked at again
+    when everything is decided (:func:`check_decided`).
+    """
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    cache, model = vllm_config.cache_config, vllm_config.model_config
     transfer = (vllm_config.kv_transfer_config, getattr(vllm_config, "ec_transfer_config", None))
-    dtype = vllm_config.cache_config.cache_dtype
     refused = {
         "LoRA adapters (--enable-lora)": vllm_config.lora_config is not None,
         f"pipeline parallelism (--pipeline-parallel-size {parallel.pipeline_parallel_size})": (
@@ -128,21 +193,28 @@ def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[s
         "a disabled hybrid KV-cache manager (--disable-hybrid-kv-cache-manager)": bool(
             scheduler.disable_hybrid_kv_cache_manager
         ),
+        f"KV offloading (--kv-offloading-size {cache.kv_offloading_size})": (
+            cache.kv_offloading_size is not None
+        ),
         "KV or encoder-cache transfer (--kv-transfer-config, --ec-transfer-config)": any(
             t is not None for t in transfer
         ),
         "decode or prefill context parallelism": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
-        "micro-batching (--enable-dbo)": bool(parallel.enable_dbo),
-        f"a quantised KV cache (--kv-cache-dtype {dtype})": dtype
+        "micro-batching (--enable-dbo, --ubatch-size)": bool(parallel.use_ubatching),
+        f"a quantised KV cache (--kv-cache-dtype {cache.cache_dtype})": cache.cache_dtype
         not in ("auto", "float16", "bfloat16", "float32"),
-        f"the {vllm_config.model_config.runner_type} runner (--runner)": (
-            vllm_config.model_config.runner_type != "generate"
-        ),
+        "prompts given as embeddings (--enable-prompt-embeds)": bool(model.enable_prompt_embeds),
+        # Its requests reach the engine unchecked. vLLM's own view of the environment may be frozen.
+        f"vLLM's front end in Rust ({RUST_FRONT_END}=1)": os.environ.get(RUST_FRONT_END, "0")
+        not in ("", "0"),
+        "a server of encoded images (--mm-encoder-only)": bool(vllm_config.is_mm_encoder_only),
+        f"the {model.runner_type} runner (--runner)": model.runner_type != "generate",
         f"a scheduler of your own (--scheduler-cls {scheduler.scheduler_cls})": scheduler.scheduler_cls
-        is not None,
-        f"a worker of your own (--worker-cls {parallel.worker_cls})": parallel.worker_cls != "auto",
+        not in (None, SCHEDULER),
+        f"a worker of your own (--worker-cls {parallel.worker_cls})": parallel.worker_cls
+        not in ("auto", *WORKERS.values()),
         f"the {current_platform.device_name} platform": not (
             current_platform.is_cpu() or current_platform.is_cuda()
         ),
@@ -172,29 +244,40 @@ def _complete(vllm_config: VllmConfig, hybrid: HybridConfig) -> None:
         cache.user_specified_block_size = True
     # An image's hole is known only once all of it is there.
     scheduler.disable_chunked_mm_input = True
-    if hybrid.prunes:
-        _fit_prompts_in_a_step(vllm_config)
+    _make_room_in_a_step(vllm_config, hybrid)
     if current_platform.is_cuda():
         # A step with images computes fewer rows than vLLM counts, which is what its other graphs go by.
         if vllm_config.compilation_config.cudagraph_mode is None:
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-        vllm_config.parallel_config.worker_cls = "vllm_hybrid.cuda_worker.HybridCUDAWorker"
+        vllm_config.parallel_config.worker_cls = WORKERS["cuda"]
     else:
-        vllm_config.parallel_config.worker_cls = "vllm_hybrid.cpu_worker.HybridCPUWorker"
-    scheduler.scheduler_cls = "vllm_hybrid.scheduler.make_scheduler"
+        vllm_config.parallel_config.worker_cls = WORKERS["cpu"]
+    scheduler.scheduler_cls = SCHEDULER
 
 
-def _fit_prompts_in_a_step(vllm_config: VllmConfig) -> None:
-    """FastV ranks by the last prompt position, so a prompt with images is prefilled in one step."""
+def _make_room_in_a_step(vllm_config: VllmConfig, hybrid: HybridConfig) -> None:
+    """Raise limits under which what has to be computed in one step would wait for ever.
+
+    An image is computed in one step; where tokens are pruned so is a prompt with images, because FastV ranks
+    by its last position, and without chunked prefill any prompt. Beside it every running request may decode.
+    """
     scheduler = vllm_config.scheduler_config
-    needed = vllm_config.model_config.max_model_len + scheduler.max_num_seqs
-    if scheduler.max_num_batched_tokens >= needed:
+    what, length = "an image", num_patches(vllm_config.model_config.hf_config)
+    if hybrid.prunes or not scheduler.enable_chunked_prefill:
+        what, length = "any prompt", vllm_config.model_config.max_model_len
+    room = length + scheduler.max_num_seqs
+    for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        _raise_limit(scheduler, name, room, f"{what} fits in one step")
+    if scheduler.long_prefill_token_threshold:
+        _raise_limit(scheduler, "long_prefill_token_threshold", length, f"{what} fits in one step")
+    scheduler.max_num_encoder_input_tokens = max(scheduler.max_num_encoder_input_tokens, room)
+    scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, room)
+
+
+def _raise_limit(scheduler: SchedulerConfig, name: str, least: int, purpose: str) -> None:
+    """Raise one of the scheduler's limits, and say so; one that is not set stays so."""
+    limit = getattr(scheduler, name)
+    if limit is None or limit >= least:
         return
-    logger.info(
-        "vllm-hybrid: max_num_batched_tokens raised from %d to %d, so that any prompt fits in one step.",
-        scheduler.max_num_batched_tokens,
-        needed,
-    )
-    scheduler.max_num_batched_tokens = needed
-    scheduler.max_num_encoder_input_tokens = max(scheduler.max_num_encoder_input_tokens, needed)
-    scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, needed)
+    logger.info("vllm-hybrid: %s raised from %d to %d, so that %s.", name, limit, least, purpose)
+    setattr(scheduler, name, least)

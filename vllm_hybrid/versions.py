@@ -1,8 +1,8 @@
 """Which vLLM this package was tested with, and the check that refuses any other.
 
 The package reaches into parts of vLLM that have no stable interface (KV-cache groups, the scheduler, the
-model runner's output). Beside an untested version it could serve wrong answers without an error, so it
-does not start.
+model runner's output). Beside an untested version it could serve wrong answers without an error, so its
+architecture is not served there.
 """
 
 from __future__ import annotations
@@ -43,5 +43,5 @@ def check() -> None:
     if not TESTED.contains(number, prereleases=True):
         raise RuntimeError(
             f"vllm-hybrid was tested with vLLM {TESTED} and refuses {distribution} {number}: "
-            f"install '{distribution}{TESTED}', or set VLLM_PLUGINS='' to run vLLM without vllm-hybrid"
+            f"install '{distribution}{TESTED}', or serve another model"
         )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks.accuracy.questions import CUT, Asked
 from benchmarks.http_server import SERVED_NAME, counters, running_server
+from vllm_hybrid.config import KNOWN_KEYS
 from vllm_hybrid.demo_model import PATCHES
 from vllm_hybrid.demo_tokenizer import IMAGE_ID
 
@@ -44,7 +45,9 @@ def serve_and_ask(
         The answers, and the average live and kept tokens of a request as the server counted them.
 
     """
-    with running_server(checkpoint, [*_OPTIONS, *options], {"hybrid": section}, log) as address:
+    # An override changes the keys that it names, so the checkpoint's own are taken away by name.
+    override = None if section is None else dict.fromkeys(KNOWN_KEYS) | section
+    with running_server(checkpoint, [*_OPTIONS, *options], {"hybrid": override}, log) as address:
         client = _Client(address, images)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             answers = list(pool.map(client.answer, asked))
