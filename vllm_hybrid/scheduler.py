@@ -3,6 +3,10 @@
 Requests keep their virtual lengths, so scheduling is vLLM's. Three things are added: an image is never
 split over steps, a prompt that will be pruned is prefilled in one step that ends at its last position,
 and after the step that filled an image the blocks inside its holes go back to the pool.
+
+No request waits for ever. Encoder-cache entries are held only for images of steps that are under way, so all
+of them come free; a running request that finds the cache full is served before those behind it; and the
+settings make a step hold at least one image, or one pruned prompt, beside all requests that decode.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from .beam_steps import prompt_tokens
 from .config import live_to_kept
 from .settings import hybrid_config, num_patches
 from .tiers import LowerTierSpec, Tier, TierManager
@@ -56,8 +61,20 @@ class HoleReclaim(_Scheduler):
         self.given_back: set[str] = set()
         # Requests whose images are in the totals, also while they wait to be computed again.
         self.counted: set[str] = set()
+        # Of the step being scheduled: whether the encoder cache was too full for a request's next image, and
+        # the images that it is to encode.
+        self.encodings_are_short = False
+        self.promised: set[str] = set()
         self.totals: Counter[str] = Counter()
         self.reported: Counter[str] = Counter()
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's step, without encodings that it promises and then takes back."""
+        self.encodings_are_short = False
+        self.promised.clear()
+        output = super().schedule(*args, **kwargs)
+        self._keep_promises(output)
+        return output
 
     def _try_schedule_encoder_inputs(
         self,
@@ -67,19 +84,23 @@ class HoleReclaim(_Scheduler):
         encoder_compute_budget: int,
         shift_computed_tokens: int = 0,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """vLLM's choice of images to encode, on a stretch of the prompt that may be computed at once."""
+        """vLLM's choice of images to encode, on a stretch of the prompt that may be computed at once.
+
+        vLLM pins the cached images of a stretch for the request. Whatever lies behind the stretch that is
+        granted is let go again: a request that computes nothing would keep others from the cache.
+        """
+        held = set(self.encoder_cache_manager.get_cached_input_ids(request))
         wanted = self._whole(request, num_computed_tokens, num_new_tokens)
-        result = super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, wanted, encoder_compute_budget, shift_computed_tokens
-        )
-        granted = self._whole(request, num_computed_tokens, result[1])
-        if granted == result[1]:
-            return result
-        # The encoder has no room for all images of the stretch: encode only what the shorter
-        # stretch needs.
-        return super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, granted, encoder_compute_budget, shift_computed_tokens
-        )
+        while True:
+            result = super()._try_schedule_encoder_inputs(
+                request, num_computed_tokens, wanted, encoder_compute_budget, shift_computed_tokens
+            )
+            granted = self._whole(request, num_computed_tokens, result[1])
+            self._note_shortage(request, num_computed_tokens + result[1], wanted - result[1], result[2])
+            if granted == result[1]:
+                return result
+            self._let_go(request, held)
+            wanted = granted
 
     def _whole(self, request: Request, computed: int, new: int) -> int:
         """Shorten a stretch of a request so that it may be computed in one step.
@@ -90,24 +111,80 @@ class HoleReclaim(_Scheduler):
             new: virtual positions on offer.
 
         Returns:
-            Positions to compute: no image is cut, and when tokens are pruned a stretch with an image ends
-            exactly at the prompt's end, or waits for a step with room.
+            Positions to compute: no image is cut, and while the encoder cache is short none is begun. When
+            tokens are pruned, a prompt whose images are still to come is computed up to exactly its end,
+            or waits for a step with room.
 
         """
         end = computed + new
-        inside = [
-            feature.mm_position
-            for feature in request.mm_features
-            if computed <= feature.mm_position.offset < end
-        ]
-        if not inside:
+        ahead = [f.mm_position for f in request.mm_features if f.mm_position.offset >= computed]
+        if not ahead or new == 0:
             return new
         if self.hybrid.prunes:
-            prompt_end = request.num_prompt_tokens
+            prompt_end = prompt_tokens(request)
             # Short of the prompt's end nothing is gained by a first piece: the rest must fit in one step.
-            return prompt_end - computed if end >= prompt_end else 0
-        cut = [p.offset for p in inside if p.offset + p.length > end]
+            return prompt_end - computed if end >= prompt_end and not self.encodings_are_short else 0
+        cut = [p.offset for p in ahead if self.encodings_are_short or p.offset + p.length > end]
         return min([end, *cut]) - computed
+
+    def _note_shortage(self, request: Request, end: int, refused: int, budget: int) -> None:
+        """Remember for the rest of the step that a request found no room in the encoder cache.
+
+        Those behind it would otherwise pin what it waits for, step after step. The compute budget needs no
+        such care: it is fresh in each step, and given out in the order of the requests.
+
+        Args:
+            request: the request.
+            end: where the stretch ends that vLLM grants.
+            refused: positions it did not grant.
+            budget: what is left of the compute budget, in embeddings.
+
+        """
+        if refused == 0:
+            return
+        first = next((f.mm_position for f in request.mm_features if f.mm_position.offset >= end), None)
+        if first is not None and first.get_num_embeds() <= budget:
+            self.encodings_are_short = True
+
+    def _let_go(self, request: Request, held: set[int]) -> None:
+        """Give up a request's images in the encoder cache, but for those of steps under way."""
+        for number in self.encoder_cache_manager.get_cached_input_ids(request) - held:
+            self.encoder_cache_manager.free_encoder_input(request, number)
+
+    def _allocate_encoder_inputs(
+        self, request: Request, input_ids: list[int], duplicate_input_ids: list[int]
+    ) -> None:
+        """vLLM's, remembering the images that this step is to encode."""
+        super()._allocate_encoder_inputs(request, input_ids, duplicate_input_ids)
+        self.promised |= {request.mm_features[number].identifier for number in input_ids}
+
+    def _keep_promises(self, output: SchedulerOutput) -> None:
+        """See to images whose request was preempted later in the step that was to encode them.
+
+        vLLM takes the request out of the step, but leaves its images in the cache's books. Another request
+        of the step that counts on such an image encodes it; an image that nobody needs leaves the books.
+        """
+        encoded = {
+            self.requests[name].mm_features[number].identifier
+            for name, numbers in output.scheduled_encoder_inputs.items()
+            for number in numbers
+        }
+        cache = self.encoder_cache_manager
+        for image in sorted(self.promised - encoded):
+            heirs = [name for name in output.num_scheduled_tokens if name in cache.cached.get(image, ())]
+            if heirs:
+                number = next(
+                    number
+                    for number in sorted(cache.get_cached_input_ids(self.requests[heirs[0]]))
+                    if self.requests[heirs[0]].mm_features[number].identifier == image
+                )
+                output.scheduled_encoder_inputs.setdefault(heirs[0], []).append(number)
+            elif image in cache.freeable:
+                cache.num_free_slots += cache.freeable.pop(image)
+                del cache.cached[image]
+                del cache.num_embeds_by_hash[image]
+                # A tensor of before this step, if there is one, goes with the next.
+                cache.freed.append(image)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
