@@ -145,8 +145,10 @@ def merge_tokens(tokens: Tokens, pairs: Sequence[tuple[int, int]]) -> Tokens:
     """Carry out merges: size-weighted mean features, summed sizes, joined members.
 
     pairs: (even token, odd token it merges into). New order: even tokens that did not merge, in index order,
-    then the odd tokens.
+    then the odd tokens. Without pairs the tokens stay as they are, in their order.
     """
+    if not pairs:
+        return tokens
     total = tokens.hidden * tokens.sizes[:, None]
     sizes = tokens.sizes.clone()
     members = [list(patches) for patches in tokens.members]
@@ -163,12 +165,9 @@ def merge_tokens(tokens: Tokens, pairs: Sequence[tuple[int, int]]) -> Tokens:
 def dtome_layer(tokens: Tokens, keys: Tensor, threshold: float) -> Tokens:
     """One layer's merging: after the attention residual, before the MLP.
 
-    keys: [T, heads, head_dim], this layer's attention keys of the same tokens. A threshold of +inf means that
-    the layer has no merging step, so the order stays. A finite one that no token reaches still reorders:
-    which tokens the next layer pairs depends on it.
+    keys: [T, heads, head_dim], this layer's attention keys of the same tokens. No score is above a threshold
+    of +inf.
     """
-    if threshold == math.inf:
-        return tokens
     return merge_tokens(tokens, merge_pairs(match_scores(keys), threshold))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -49,6 +50,8 @@ def slow_merge(image: Slow, metric: torch.Tensor, threshold: float) -> Slow:
             candidates.append((top, a, min(b for b in scores if scores[b] == top)))
     candidates.sort(key=lambda c: (-c[0], c[1]))
     into = {a: b for _, a, b in candidates[: (count - 1) // 2]}
+    if not into:
+        return image
     order = [i for i in range(0, count, 2) if i not in into] + list(range(1, count, 2))
     groups = [[i, *(a for a, b in into.items() if b == i)] for i in order]
     sizes = [sum(image.size[m] for m in group) for group in groups]
@@ -106,6 +109,19 @@ def opposed(tokens: PackedTokens, threshold: float) -> torch.Tensor:
     return metric + 0.1 * torch.randn(metric.shape)
 
 
+def partly_still(tokens: PackedTokens, still: torch.Tensor) -> torch.Tensor:
+    """Metrics in which some images, those of bool [images] ``still``, have no positive cosine, and all
+    others a cosine close to 1.
+    """
+    metric = random_metric(tokens, 0.4)
+    first = tokens.lengths.cumsum(0) - tokens.lengths
+    number = torch.arange(len(metric)) - first.repeat_interleave(tokens.lengths)
+    direction = torch.randn(metric.shape[1])
+    across = 0.02 * torch.randn(metric.shape) + torch.where(number % 2 == 0, 1.0, -1.0)[:, None] * direction
+    metric[first + 2] = metric[first + 1] + 0.01 * torch.randn(len(still), metric.shape[1])
+    return torch.where(still.repeat_interleave(tokens.lengths)[:, None], across, metric)
+
+
 def margin(metric: torch.Tensor, threshold: float) -> float:
     """Distance of the closest decision of an image from falling the other way, as a cosine."""
     unit = metric.double() / metric.double().norm(dim=1, keepdim=True)
@@ -154,7 +170,7 @@ def test_padding_is_nobodys_match(seed: int) -> None:
     tokens, slow = both(tokens, slow, decided(lambda: opposed(tokens, 0.5), tokens, 0.5), 0.5)
     assert tokens.lengths.tolist() == [12, 11, 10, 9, 8]
     for threshold in (-0.99, -2.0):
-        metric = decided(lambda now=tokens, t=threshold: opposed(now, t), tokens, threshold)
+        metric = decided(partial(opposed, tokens, threshold), tokens, threshold)
         tokens, slow = both(tokens, slow, metric, threshold)
         check(tokens, slow)
     assert len(set(tokens.lengths.tolist())) > 1
@@ -192,12 +208,30 @@ def test_no_threshold_changes_nothing(seed: int, threshold: float | None) -> Non
     assert merge(tokens, random_metric(tokens, 1.0), threshold) is tokens
 
 
-def test_a_threshold_nobody_reaches_still_reorders(seed: int) -> None:
+def test_a_threshold_nobody_reaches_changes_nothing(seed: int) -> None:
     hidden = torch.randn(2, 1 + 6, 4)
     tokens = merge(PackedTokens.start(hidden), torch.randn(14, 4), 1.5)
-    assert torch.equal(tokens.hidden, hidden[:, [0, 2, 4, 6, 1, 3, 5]].flatten(0, 1))
-    assert tokens.owner.tolist() == [[3, 0, 4, 1, 5, 2]] * 2
+    assert torch.equal(tokens.hidden, hidden.flatten(0, 1))
+    assert tokens.owner.tolist() == [list(range(6))] * 2
+    assert tokens.size.tolist() == [1] * 14 and tokens.lengths.tolist() == [7, 7]
     assert tokens.unmerged
+
+
+@pytest.mark.parametrize("patches", [15, 24, 49])
+def test_each_image_of_a_batch_decides_for_itself_whether_its_order_changes(seed: int, patches: int) -> None:
+    """Layers in which some of the images, most of them, all of them merge nothing; which, is random."""
+    hidden = torch.randn(6, 1 + patches, 5)
+    tokens, slow = PackedTokens.start(hidden), [slow_start(h) for h in hidden]
+    parts = [torch.arange(6) < count for count in (2, 4, 6)]
+    for still in [part[torch.randperm(6)] for part in parts]:
+        before = tokens
+        metric = decided(partial(partly_still, tokens, still), tokens, 0.95)
+        tokens, slow = both(tokens, slow, metric, 0.95)
+        check(tokens, slow)
+        assert torch.equal(tokens.lengths == before.lengths, still)
+        for image in still.nonzero()[:, 0].tolist():
+            own, was = (t.hidden.split(t.lengths.tolist())[image] for t in (tokens, before))
+            assert torch.equal(own, was) and torch.equal(tokens.owner[image], before.owner[image])
 
 
 def test_the_threshold_itself_is_not_above_it() -> None:

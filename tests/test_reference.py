@@ -212,11 +212,15 @@ def test_identical_patches_merge_into_one_and_keep_their_feature() -> None:
         torch.testing.assert_close(attend(tokens)[:2], attend(before)[:2])
 
 
-def test_a_finite_threshold_that_nobody_reaches_only_reorders() -> None:
-    tokens = Tokens(_normal(5, 4), torch.ones(5), [[], [0], [1], [2], [3]])
-    keys = _normal(5, 2, 2)
-    assert dtome_layer(tokens, keys, math.inf) is tokens
-    assert dtome_layer(tokens, keys, 1.1).members == [[], [1], [3], [0], [2]]
+@pytest.mark.parametrize("threshold", [1.1, math.inf])
+def test_a_threshold_that_nobody_reaches_leaves_features_and_order(threshold: float) -> None:
+    """No cosine is above 1, so nothing merges; and where one pair does, the order is another."""
+    hidden, keys = _normal(5, 4), _normal(5, 2, 2)
+    tokens = Tokens(hidden.clone(), torch.ones(5), [[], [0], [1], [2], [3]])
+    same = dtome_layer(tokens, keys, threshold)
+    assert torch.equal(same.hidden, hidden)
+    assert same.sizes.tolist() == [1] * 5 and same.members == [[], [0], [1], [2], [3]]
+    assert merge_tokens(tokens, [(2, 3)]).members == [[], [3], [0], [2, 1]]
 
 
 def test_proportional_attention_equals_repeated_keys() -> None:

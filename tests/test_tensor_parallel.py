@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.engines import Ask, Served, ServingReference, checkpoint, hybrid_section, images
 from tests.two_ranks import RANKS, Found, ImageChoice, Work, answer_in_own_process
 
+pytestmark = pytest.mark.engine
 TOKENS = 6
 
 
@@ -33,12 +38,21 @@ def _expected(reference: ServingReference, ask: Ask) -> list[ImageChoice]:
     return expected
 
 
+def _parted(path: Path, hybrid: dict[str, Any], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    """A section whose first layer merges in half of the images, while the others keep their order."""
+    reference = ServingReference(path, hybrid)
+    tops = sorted(float(reference.match_scores(picture)[0].max()) for picture in pictures)
+    half = len(tops) // 2
+    assert tops[half] - tops[half - 1] > 1e-3
+    return {**hybrid, "thresholds": [(tops[half - 1] + tops[half]) / 2, *hybrid["thresholds"][1:]]}
+
+
 @pytest.fixture(scope="module", params=[2, 1], ids=["a key head per rank", "one key head for both ranks"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     path = checkpoint(layers=4, heads=4, kv_heads=request.param, vision_heads=2)
-    hybrid = hybrid_section("both")
-    served = Served(None, ServingReference(path, hybrid), hybrid)
     a, b, c, d = images(8)[:4]
+    hybrid = _parted(path, hybrid_section("both"), (a, b, c, d))
+    served = Served(None, ServingReference(path, hybrid), hybrid)
     asks = [
         served.decided(a),
         Ask("USER: Hello there ASSISTANT:"),

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from tests.reference import Reference
 from tests.tiny_checkpoints import decided_images, make_images, pick_thresholds, write_checkpoint
 from vllm_hybrid.merging import PackedTokens
-from vllm_hybrid.tower import encode, executed_layers, run_tower
+from vllm_hybrid.tower import LiveTokens, encode, executed_layers, run_tower
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,60 @@ def test_merged_images_are_those_of_the_reference(checkpoint: Path, vision_model
     pixels = torch.stack([reference.pixel_values(image) for image in images])
     live = encode(vision_model, pixels, thresholds)
     assert len(set(live.lengths.tolist())) > 1 and int(live.lengths.max()) < 576
+    _check(live, reference, pixels)
+
+
+def _check(live: LiveTokens, reference: Reference, pixels: torch.Tensor) -> None:
+    """Every image's live tokens, their order and their patches are those of the reference for it alone."""
     for i, features in enumerate(live.features.split(live.lengths.tolist())):
         expected, _ = reference._tower(pixels[i])
         torch.testing.assert_close(features, expected.hidden[1:], atol=1e-4, rtol=1e-4)
         owners = live.owner[i].tolist()
         members = [[p for p, o in enumerate(owners) if o == n] for n in range(len(features))]
         assert members == [sorted(patches) for patches in expected.members[1:]]
+
+
+def test_images_that_merge_nothing_in_a_layer_keep_their_order_beside_others_that_merge(
+    checkpoint: Path, vision_model: Any
+) -> None:
+    """In the first two layers about half of the images merge; in the last all do, by the order they have."""
+    seed = int(torch.seed() % 2**31)
+    print(f"seed {seed}")
+    for images in (list(make_images(seed + offset).values()) for offset in range(20)):
+        thresholds = _thresholds_that_part(checkpoint, images)
+        reference = Reference(checkpoint, {"thresholds": thresholds})
+        decided = [image for image in images if reference.merge_margin(image) > 4e-6]
+        if len(decided) > 2:
+            pixels = torch.stack([reference.pixel_values(image) for image in decided])
+            merging = _merging_images(vision_model, pixels, thresholds)
+            if 0 < merging[0] < len(pixels) == merging[2]:
+                _check(encode(vision_model, pixels, thresholds), reference, pixels)
+                return
+    raise AssertionError("no images part clear of rounding")
+
+
+def _thresholds_that_part(checkpoint: Path, images: list[Image.Image]) -> list[float]:
+    """In the first two layers half of the images have a score above the threshold, in the last all have."""
+    thresholds: list[float] = []
+    for layer in range(3):
+        reference = Reference(checkpoint, {"thresholds": [*thresholds, *[None] * (3 - layer)]})
+        tops = sorted(float(reference.match_scores(image)[layer].max()) for image in images)
+        half = len(tops) // 2
+        thresholds.append((tops[half - 1] + tops[half]) / 2 if layer < 2 else tops[0] - 0.02)
+    return thresholds
+
+
+def _merging_images(vision_model: Any, pixels: torch.Tensor, thresholds: list[float]) -> list[int]:
+    """How many of the images merge in each layer."""
+    counts: list[int] = []
+
+    def count(layer: int, tokens: PackedTokens, best: torch.Tensor) -> torch.Tensor:
+        merges = best > thresholds[layer]
+        counts.append(int(merges.any(dim=1).sum()))
+        return merges
+
+    run_tower(vision_model, pixels, count)
+    return counts
 
 
 def test_attention_leaves_out_the_kernel_that_plans_for_every_shape(

@@ -170,9 +170,9 @@ def merge(tokens: PackedTokens, metric: torch.Tensor, threshold: float | None) -
 
     Tokens at even index (A) merge into their most similar token at odd index (B), the earlier of equals,
     where the cosine is strictly above the threshold. The class token, index 0, never does. So at most
-    (T - 1) // 2 of an image's T tokens can merge: the cap of one layer needs no ranking. A finite
-    threshold reorders tokens even where nothing merges. Runs agree to the bit: nothing is summed in
-    racing order. The host waits for the device once, to learn the new lengths.
+    (T - 1) // 2 of an image's T tokens can merge: the cap of one layer needs no ranking. An image in
+    which nothing merges stays as it is, whatever the others of the batch do. Runs agree to the bit:
+    nothing is summed in racing order. The host waits for the device once, to learn the new lengths.
 
     Args:
         tokens: the tokens.
@@ -180,7 +180,8 @@ def merge(tokens: PackedTokens, metric: torch.Tensor, threshold: float | None) -
         threshold: least cosine, exclusive; None or infinity merges nothing and costs nothing.
 
     Returns:
-        The merged tokens: of each image the unmerged A tokens in index order, then the B tokens.
+        The merged tokens: of each image that merges the unmerged A tokens in index order, then the B
+        tokens.
 
     """
     if threshold is None or threshold == math.inf:
@@ -223,13 +224,16 @@ def join(tokens: PackedTokens, merges: torch.Tensor, into: torch.Tensor) -> Pack
         into: int64 [images, A], the B token each would merge into.
 
     Returns:
-        The merged tokens. Tokens that receive nothing keep their features to the bit.
+        The merged tokens; `tokens` itself where no image merges. Tokens that receive nothing keep their
+        features to the bit.
 
     """
-    longest, device = tokens.layout.longest, merges.device
+    device = merges.device
     lengths = tokens.lengths - merges.sum(dim=1)
-    new_index = _new_index(tokens.lengths, longest, merges, into)
     layout = Layout.of(lengths)
+    if layout.total == tokens.layout.total:
+        return tokens
+    new_index = _new_index(tokens.lengths, tokens.layout.longest, merges, into)
     target = unpad(new_index + (lengths.cumsum(0) - lengths)[:, None], tokens)
     # Sizes and counts are whole numbers, so their float sums are exact in any order.
     size = torch.zeros(layout.total, device=device).index_add_(0, target, tokens.size)
@@ -250,12 +254,12 @@ def join(tokens: PackedTokens, merges: torch.Tensor, into: torch.Tensor) -> Pack
 
 def _new_index(lengths: torch.Tensor, longest: int, merges: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
     """int64 [images, longest]: index after the merge, class token at 0; arbitrary at padding."""
-    number_a = (lengths + 1) // 2
+    merged = merges.sum(dim=1, keepdim=True)
+    unchanged = torch.arange(longest, device=merges.device)
     # Unmerged A tokens close ranks; B tokens follow, and A tokens that merge take their B token's place.
     index_a = (~merges).cumsum(1) - 1
-    first_b = number_a - merges.sum(dim=1)
-    index_b = first_b[:, None] + torch.arange(longest // 2, device=merges.device)
+    first_b = (lengths[:, None] + 1) // 2 - merged
     index = torch.empty(merges.shape[0], longest, dtype=torch.int64, device=merges.device)
-    index[:, 1::2] = index_b
-    index[:, 0::2] = torch.where(merges, first_b[:, None] + into, index_a)
-    return index
+    index[:, 1::2] = first_b + unchanged[: longest // 2]
+    index[:, 0::2] = torch.where(merges, first_b + into, index_a)
+    return torch.where(merged > 0, index, unchanged)
