@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.scheduler_bench import LIVE, Bench, Prompt, block_sizes
-from tests.test_settings import MERGES
+from tests.test_settings import MERGES, configure
 from tests.tiny_checkpoints import PATCHES
 
 # Steps in which the first requests of a scene have to end while others keep coming.
@@ -65,15 +65,16 @@ def _play(rng: random.Random) -> Ended:
     block_size = rng.choice([16, 32, 64])
     tokens = length * rng.choice([1, 1, 1.3, 2.5])
     try:
-        bench = Bench(
-            hybrid,
-            ahead=rng.random() < 0.5,
-            num_blocks=sum(int(tokens / size) + 2 for size in block_sizes(hybrid, block_size).values()),
-            block_size=block_size,
-            **options,
-        )
+        configure(hybrid, **options)
     except ValueError as refusal:
         return Ended(refused=str(refusal))
+    bench = Bench(
+        hybrid,
+        ahead=rng.random() < 0.5,
+        num_blocks=sum(int(tokens / size) + 2 for size in block_sizes(hybrid, block_size).values()),
+        block_size=block_size,
+        **options,
+    )
     shrink_encoder_cache(bench, rng)
     shortage = Shortage(bench)
     asked = [ask(bench, rng) for _ in range(rng.randint(2, 5))]

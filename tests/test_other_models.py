@@ -26,7 +26,10 @@ stock, ours = sys.argv[1:]
 options = {"max_model_len": 2048, "dtype": "float32", "enforce_eager": True}
 config = EngineArgs(model=stock, **options).create_engine_config()
 for factory in load_stat_logger_plugin_factories():
-    factory(config).log_engine_initialized()
+    logger = factory(config)
+    logger.log_engine_initialized()
+    # Another vLLM's statistics may be anything.
+    logger.record(object(), None)
 seen = {"started": config.model_config.architecture, "processor": type(InputProcessor(config)).__name__}
 seen["scheduler"] = config.scheduler_config.scheduler_cls
 try:

@@ -5,6 +5,7 @@ Input processors are made as an API server makes them; no engine is started.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +20,10 @@ from vllm.multimodal.inputs import (
     MultiModalFieldElem,
     MultiModalKwargsItem,
     MultiModalKwargsItems,
+    MultiModalSharedField,
     PlaceholderRange,
 )
+from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.v1.engine.input_processor import InputProcessor
 
 from tests.engines import STOCK
@@ -31,6 +34,7 @@ from vllm_hybrid.request_checks import ImageInput
 
 # Not LLaVA's sizes: nothing may be taken for granted.
 IMAGE = ImageInput(patches=49, side=98, hidden=32, dtype=torch.float16)
+LENGTH = 100
 PICTURES = list(make_images(3).values())
 SCORES = SamplingParams(prompt_logprobs=1, max_tokens=4)
 
@@ -74,9 +78,9 @@ def test_every_parameter_that_scores_the_prompt_is_known() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def item(**tensors: Any) -> MultiModalKwargsItem:
+def item(field: Any = None, **tensors: Any) -> MultiModalKwargsItem:
     """The data of one image, as an input processor gets it."""
-    field = MultiModalBatchedField()
+    field = field or MultiModalBatchedField()
     return MultiModalKwargsItem(
         {name: MultiModalFieldElem(data=data, field=field) for name, data in tensors.items()}
     )
@@ -84,8 +88,9 @@ def item(**tensors: Any) -> MultiModalKwargsItem:
 
 def feature(data: MultiModalKwargsItem | None, length: int = 49, **options: Any) -> MultiModalFeatureSpec:
     mask = options.pop("is_embed", None)
+    place = PlaceholderRange(options.pop("offset", 0), length, mask)
     given = {"modality": "image", "identifier": "an image"} | options
-    return MultiModalFeatureSpec(data=data, mm_position=PlaceholderRange(3, length, mask), **given)
+    return MultiModalFeatureSpec(data=data, mm_position=place, **given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -94,10 +99,30 @@ def test_whole_images_are_taken(dtype: torch.dtype) -> None:
         feature(item(pixel_values=torch.randn(3, 98, 98, dtype=dtype))),
         feature(item(image_embeds=torch.randn(49, 32, dtype=dtype))),
         feature(None),
-        feature(item(address=1, monotonic_id=2, signature=[3])),
         feature(None, is_embed=torch.ones(49, dtype=torch.bool)),
     ]
-    request_checks.check_features(features, IMAGE)
+    request_checks.check_features(features, IMAGE, LENGTH)
+    assert {next(iter(f.data.values())).data.dtype for f in features if f.data} == {IMAGE.dtype}
+
+
+def test_images_in_shared_memory_are_taken_where_there_is_one() -> None:
+    address = feature(item(address=1, monotonic_id=2, signature=[3]))
+    request_checks.check_features([address], dataclasses.replace(IMAGE, shares_memory=True), LENGTH)
+    with pytest.raises(VLLMValidationError, match="an image comes as .*; give pixel_values or image_embeds"):
+        request_checks.check_features([address], IMAGE, LENGTH)
+
+
+def test_images_of_several_clients_go_into_one_batch() -> None:
+    """vLLM batches in the dtype of the first, in which the others' numbers need not be finite."""
+    given = [torch.randn(49, 32, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.bfloat16)]
+    image = dataclasses.replace(IMAGE, dtype=torch.float32)
+    given[1][0, 0] = 1e5
+    features = [feature(item(image_embeds=embeddings)) for embeddings in given]
+    request_checks.check_features(features, image, LENGTH)
+    batched = list(group_and_batch_mm_kwargs([("image", f.data) for f in features]))
+    assert len(batched) == 1
+    for got, wanted in zip(batched[0][2]["image_embeds"], given, strict=True):
+        assert torch.equal(got, wanted.float())
 
 
 @pytest.mark.parametrize(
@@ -109,6 +134,14 @@ def test_whole_images_are_taken(dtype: torch.dtype) -> None:
         (feature(None, length=50, is_embed=torch.arange(50) > 0), "50 positions of the prompt"),
         (feature(None, modality="prompt_embeds"), "prompt_embeds is not supported"),
         (feature(item()), "an image comes as"),
+        (feature(None, offset=52), "at positions 52 to 100 of a prompt of 100; place it inside"),
+        (feature(None, offset=-1), "at positions -1 to 47 of a prompt of 100"),
+        (feature(item(pixel_values=torch.zeros(3, 98, 98), image_embeds=torch.zeros(49, 32))), "comes as"),
+        (
+            feature(item(MultiModalSharedField(batch_size=1), pixel_values=torch.zeros(3, 98, 98))),
+            "give a batched field",
+        ),
+        (feature(item(image_embeds=torch.zeros(49, 32).to(torch.float8_e4m3fn))), "is torch.float8_e4m3fn;"),
         (feature(item(pixel_values=torch.zeros(3, 112, 112))), r"pixel_values .* \[3, 112, 112\]"),
         (feature(item(pixel_values=torch.zeros(98, 98, 3))), r"this model takes \[3, 98, 98\]"),
         (feature(item(pixel_values=torch.full((3, 98, 98), torch.nan))), "pixel_values .* not finite"),
@@ -126,7 +159,7 @@ def test_whole_images_are_taken(dtype: torch.dtype) -> None:
 def test_anything_else_is_refused(wrong: MultiModalFeatureSpec, sentence: str) -> None:
     right = feature(item(image_embeds=torch.zeros(49, 32)))
     with pytest.raises(VLLMValidationError, match=sentence) as refused:
-        request_checks.check_features([right, wrong], IMAGE)
+        request_checks.check_features([right, wrong], IMAGE, LENGTH)
     assert "\n" not in str(refused.value)
 
 
@@ -208,12 +241,18 @@ def test_an_image_that_the_engine_was_not_sent_is_sent_again(processors: dict[st
 def test_images_that_came_by_no_processor_are_looked_at(processors: dict[str, InputProcessor]) -> None:
     """As clients of vLLM's token API send them."""
     data = item(pixel_values=torch.randn(3, 336, 336))
-    for length, wanted in ((576, None), (100, "100 positions")):
+    for count, start, length, wanted in (
+        (700, 5, 576, None),
+        (700, 5, 100, "100 positions"),
+        (100, 5, 576, "positions 5 to 580 of a prompt of 100"),
+        (20, 25, 576, "positions 25 to 600 of a prompt of 20"),
+        (100, 0, 576, "positions 0 to 575 of a prompt of 100"),
+    ):
         prompt = mm_input(
-            [1] * 700,
+            [1] * count,
             mm_kwargs=MultiModalKwargsItems({"image": [data]}),
             mm_hashes={"image": [f"{length}"]},
-            mm_placeholders={"image": [PlaceholderRange(5, length)]},
+            mm_placeholders={"image": [PlaceholderRange(start, length)]},
         )
         if wanted is None:
             accept(processors["ours"], prompt, SamplingParams())

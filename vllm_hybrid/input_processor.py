@@ -57,6 +57,9 @@ def install() -> None:
     InputProcessor.__new__ = staticmethod(_new)
 
 
-def _new(cls: type[InputProcessor], vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> InputProcessor:
-    chosen = HybridInputProcessor if cls is InputProcessor and reduces(vllm_config) else cls
-    return object.__new__(chosen)
+def _new(
+    cls: type[InputProcessor], vllm_config: VllmConfig | None = None, *args: Any, **kwargs: Any
+) -> InputProcessor:
+    # Copies are made without a configuration, of whichever class they are.
+    ours = cls is InputProcessor and vllm_config is not None and reduces(vllm_config)
+    return object.__new__(HybridInputProcessor if ours else cls)

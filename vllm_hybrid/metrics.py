@@ -34,7 +34,9 @@ def counters() -> dict[str, Counter]:
     return {name: Counter(PREFIX + name, meaning, _LABELS) for name, meaning in _MEANINGS.items()}
 
 
-def _is_active(hf_config: Any) -> bool:
+def _reduces(hf_config: Any) -> bool:
+    if ARCHITECTURE not in (getattr(hf_config, "architectures", None) or []):
+        return False
     # Not at the top: this file is loaded for every model, and must not fail for one that is not ours.
     from .settings import hybrid_config
 
@@ -46,9 +48,7 @@ class HybridStatLogger(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self.labels = (vllm_config.model_config.served_model_name, str(engine_index))
-        hf_config = vllm_config.model_config.hf_config
-        ours = ARCHITECTURE in (getattr(hf_config, "architectures", None) or [])
-        self.reduces = ours and _is_active(hf_config)
+        self.reduces = _reduces(vllm_config.model_config.hf_config)
 
     def record(
         self,
@@ -58,7 +58,7 @@ class HybridStatLogger(StatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Add what the scheduler counted to the counters."""
-        if scheduler_stats is None:
+        if scheduler_stats is None or not self.reduces:
             return
         for key, count in scheduler_stats.running_lora_adapters.items():
             name = key.removeprefix(PREFIX)

@@ -41,6 +41,5 @@ class CheckingParser(MultiModalDataParser):
     def _parse_image_data(self, data: Any) -> ModalityDataItems[Any, Any] | None:
         items = super()._parse_image_data(data)
         if isinstance(items, ImageEmbeddingItems):
-            for embeddings in items.get_all():
-                self.image.check_embeddings(embeddings)
+            return ImageEmbeddingItems([self.image.embeddings(given) for given in items.get_all()])
         return items

@@ -13,11 +13,9 @@ def register() -> None:
     """
     try:
         versions.check()
-    except RuntimeError as error:
-        refusal.register(str(error))
-        return
-    try:
         _register()
+    except versions.UntestedVersion as error:
+        refusal.register(str(error))
     except Exception as error:
         refusal.register(
             f"vllm-hybrid cannot be loaded beside the installed vLLM ({type(error).__name__}: {error}); "

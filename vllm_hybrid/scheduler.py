@@ -58,7 +58,9 @@ class HoleReclaim(_Scheduler):
         }
         # Kept longer than the encoder cache keeps features: a cached image is not counted again.
         self.live_counts: OrderedDict[str, int] = OrderedDict()
-        self.given_back: set[str] = set()
+        # Per request the live tokens of each image whose hole went back, as they were when it was filled: a
+        # client may give another picture the same identifier later.
+        self.given_back: dict[str, dict[int, int]] = {}
         # Requests whose images are in the totals, also while they wait to be computed again.
         self.counted: set[str] = set()
         # Of the step being scheduled: whether the encoder cache was too full for a request's next image, and
@@ -197,7 +199,7 @@ class HoleReclaim(_Scheduler):
             self.live_counts.popitem(last=False)
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(request_id)
-            if request is not None and request.mm_features and request_id not in self.given_back:
+            if request is not None and len(self.given_back.get(request_id, ())) < len(request.mm_features):
                 self._give_back_holes(request, scheduler_output.num_scheduled_tokens[request_id])
         failed = self._fail(getattr(model_runner_output, FOREIGN_PAGES, ()))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -242,27 +244,24 @@ class HoleReclaim(_Scheduler):
         if request.is_finished() or request.num_stale_output_tokens > 0:
             return
         processed = request.num_computed_tokens - request.num_in_flight_tokens + in_this_step
-        done = True
-        for feature in request.mm_features:
+        filled = self.given_back.setdefault(request.request_id, {})
+        for number, feature in enumerate(request.mm_features):
             start = feature.mm_position.offset
             live = self.live_counts.get(feature.identifier)
-            if live is None or start + self.patches > processed:
-                done = False
+            if number in filled or live is None or start + self.patches > processed:
                 continue
+            filled[number] = live
             slots = {Tier.LOWER: live, Tier.UPPER: live_to_kept(live, self.hybrid.fastv_ratio)}
             for tier, manager in self.tier_managers.items():
                 self.totals["blocks_given_back"] += manager.give_back(
                     request.request_id, start + slots[tier], start + self.patches
                 )
-        if not done:
-            return
-        self.given_back.add(request.request_id)
-        if request.request_id not in self.counted:
+        if len(filled) == len(request.mm_features) and request.request_id not in self.counted:
             self.counted.add(request.request_id)
-            self._count(request)
+            self._count(list(filled.values()))
 
-    def _count(self, request: Request) -> None:
-        live = [self.live_counts[f.identifier] for f in request.mm_features]
+    def _count(self, live: Sequence[int]) -> None:
+        """Add a request's images, by their live tokens, to the totals."""
         self.totals["images"] += len(live)
         self.totals["patches"] += len(live) * self.patches
         self.totals["live_tokens"] += sum(live)
@@ -270,7 +269,7 @@ class HoleReclaim(_Scheduler):
 
     def _free_request_blocks(self, request: Request) -> None:
         """Forget a finished or preempted request's holes with its blocks."""
-        self.given_back.discard(request.request_id)
+        self.given_back.pop(request.request_id, None)
         if request.is_finished():
             self.counted.discard(request.request_id)
         super()._free_request_blocks(request)

