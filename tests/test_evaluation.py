@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import math
@@ -35,6 +36,7 @@ from vllm_hybrid.evaluation.left_out import (
     NOT_TEXT,
     OTHER_CELLS,
     SAME_INDEX,
+    UNCLOSED,
 )
 from vllm_hybrid.evaluation.predictions import Prediction, Predictions
 from vllm_hybrid.evaluation.prompts import CAPTION, SHORT_CAPTION
@@ -258,15 +260,88 @@ def test_one_bad_row_costs_no_other(tmp_path: Path) -> None:
     assert {colour_of(url) for row in data.rows for url in data.pictures(row)} == {"red"}
 
 
-def test_an_unclosed_quotation_mark_is_said_to_take_in_other_lines(tmp_path: Path) -> None:
-    rows = [{"index": str(n), "image": picture("red"), "answer": "a"} for n in range(4)]
-    file = write_tsv(tmp_path / "Toy.tsv", rows)
-    lines = file.read_bytes().splitlines(keepends=True)
-    lines[2] = b'1\t"' + lines[2][2:]
-    file.write_bytes(b"".join(lines))
-    data = read_data(file)
-    assert [row.index for row in data.rows] == ["0"]
-    assert data.left_out == {OTHER_CELLS: ["lines 3 to 5"]}
+def table(file: Path, *rows: str) -> Path:
+    """A table of one's own: columns index, image, question, answer; PIC stands for a picture."""
+    text = "\n".join(["index\timage\tquestion\tanswer", *rows, ""])
+    file.write_text(text.replace("PIC", picture("red")), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("mark", ['{}\tPIC\t"what?\ta', '{}\tPIC\twhat?\t"a', '"{}\tPIC\twhat?\ta'])
+@pytest.mark.parametrize("bad", [{3}, {3, 4}, {3, 7}, {9}, {3, 9}, {8, 9}, set(range(9))])
+def test_an_unclosed_quotation_mark_costs_its_own_row(mark: str, bad: set[int], tmp_path: Path) -> None:
+    rows = [(mark if n in bad else "{}\tPIC\twhat?\ta").format(n) for n in range(10)]
+    data = read_data(table(tmp_path / "Toy.tsv", *rows))
+    assert [row.index for row in data.rows] == [str(n) for n in range(10) if n not in bad]
+    assert data.left_out == {UNCLOSED: [f"line {n + 2}" for n in sorted(bad)]}
+    assert all(colour_of(data.pictures(row)[0]) == "red" for row in data.rows)
+    assert data.digest == hashlib.sha256(data.file.read_bytes()).hexdigest()
+
+
+def test_an_unclosed_quotation_mark_in_a_long_table(tmp_path: Path) -> None:
+    """Nothing closes the quotation, and the table is longer than what is read in search of its end."""
+    rows = [f"{n}\tPIC\t{'' if n != 100 else chr(34)}what?\ta" for n in range(1000)]
+    data = read_data(table(tmp_path / "Toy.tsv", *rows))
+    assert [int(row.index) for row in data.rows] == [n for n in range(1000) if n != 100]
+    assert data.left_out == {UNCLOSED: ["line 102"]}
+
+
+def test_a_table_that_ends_in_a_quotation_loses_its_last_row(tmp_path: Path) -> None:
+    file = table(tmp_path / "Toy.tsv", "0\tPIC\twhat?\ta", '1\tPIC\twhat?\t"an answer\nof two lines"')
+    assert [row.index for row in read_data(file).rows] == ["0", "1"]
+    for cut in (2, 8, 5):  # Each off what the one before left.
+        file.write_bytes(file.read_bytes()[:-cut])
+        data = read_data(file)
+        assert [row.index for row in data.rows] == ["0"]
+        assert data.left_out[UNCLOSED] == ["line 3"]
+
+
+def test_a_header_that_takes_in_rows_is_refused(tmp_path: Path) -> None:
+    file = table(tmp_path / "Toy.tsv", "0\tPIC\twhat?\ta", '1\tPIC\t"what?"\ta')
+    file.write_bytes(file.read_bytes().replace(b"\tanswer", b'\t"answer'))
+    with pytest.raises(ValueError, match="its first line does not name columns"):
+        read_data(file)
+
+
+def test_quoted_cells_go_on_over_lines(tmp_path: Path) -> None:
+    """Marks inside may be doubled, as programs write them, or not, as people do."""
+    held = ['"', "a\tb\tc\td\n1\t2\t3\t4\n", 'two\n\n"lines"\n', '\n"', 'un"quoted', "\r\n"]
+    held.append("x\ty\tz\tw\n" * 50)
+    good = {"index": "", "image": picture("red"), "question": "", "answer": "a"}
+    written = [good | {"index": str(n), "question": f"q{text}q"} for n, text in enumerate(held)]
+    data = read_data(write_tsv(tmp_path / "Toy.tsv", written))
+    assert [row.cells["question"] for row in data.rows] == [f"q{text}q" for text in held]
+    assert not data.left_out and all(colour_of(data.pictures(row)[0]) == "red" for row in data.rows)
+    rows = ['0\tPIC\t"one\nsays "no" to it"\ta', '1\tPIC\t"What" is it?\ta', "2\tPIC\twhat?\ta"]
+    data = read_data(table(tmp_path / "Own.tsv", *rows))
+    assert [row.index for row in data.rows] == ["0", "1", "2"] and not data.left_out
+
+
+def test_either_column_of_answers_will_do(tmp_path: Path) -> None:
+    good = {"index": "", "image": picture("red"), "answer": "", "answers": ""}
+    filled = [("a", "['b']"), ("", "['b']"), ("[]", "b"), ("a", ""), ("", "")]
+    rows = [good | {"index": str(n), "answer": one, "answers": two} for n, (one, two) in enumerate(filled)]
+    data = read_data(write_tsv(tmp_path / "Toy.tsv", rows))
+    assert [row.references for row in data.rows] == [["a"], ["b"], ["b"], ["a"]]
+    assert data.left_out == {NO_ANSWER: ["row 4"]} and not any(row.cells for row in data.rows)
+
+
+def test_base64_may_be_broken_into_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    red = picture("red")
+    broken = base64.encodebytes(base64.b64decode(red)).decode()
+    assert "\n" in broken.strip()
+    cells = [broken, f" {red}\r\n", repr([broken, red]), f"['{broken}',\n '{red}']"]
+    rows = [{"index": str(n), "image": cell, "answer": "a red square"} for n, cell in enumerate(cells)]
+    data = read_data(write_tsv(tmp_path / "Toy.tsv", rows))
+    url = f"data:image/png;base64,{red}"
+    assert [data.pictures(row) for row in data.rows] == [[url], [url], [url, url], [url, url]]
+    with fake_server(describe) as server:
+        options = ["--data", data.file, "--url", server.url, "--out", tmp_path, "--metrics", "exact"]
+        assert evaluate(monkeypatch, *options) == 0
+        assert len(server.requests) == 4
+    assert "left out" not in capsys.readouterr().out
 
 
 # ---- scores ---------------------------------------------------------------------------------------
@@ -531,6 +606,47 @@ def test_rows_that_are_left_out_are_counted(
     # What was answered needs no server, although two rows have no answer.
     assert evaluate(monkeypatch, *options, "--model", "tiny") == 0
     assert capsys.readouterr().out == shown
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows with each picture that is opened."""
+    found: list[object] = []
+    real = Image.open
+
+    def count(file: Any, *arguments: Any, **options: Any) -> Image.Image:
+        found.append(file)
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", count)
+    return found
+
+
+def test_the_server_is_looked_for_before_all_pictures_are_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    opened: list[object],
+) -> None:
+    file = questions(tmp_path / "Toy.tsv", {str(n): ["yes"] for n in range(9)})
+    with fake_server(lambda *_: "yes") as server:
+        options = ["--data", file, "--url", server.url, "--out", tmp_path, "--model"]
+        assert "serves tiny, not other" in refused(monkeypatch, capsys, *options, "other")
+        assert len(opened) <= 1
+    opened.clear()
+    assert "no server answers at" in refused(monkeypatch, capsys, *options, "tiny")
+    assert len(opened) <= 1
+
+
+def test_pictures_are_read_once_for_two_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[object]
+) -> None:
+    file = questions(tmp_path / "Toy.tsv", {str(n): ["yes"] for n in range(9)})
+    with fake_server(lambda *_: "yes", "a", "b") as server:
+        options = ["--data", file, "--url", server.url, "--out", tmp_path]
+        assert evaluate(monkeypatch, *options, "--model", "a", "--compare-model", "b") == 0
+        assert len(server.requests) == 18
+    assert len(opened) == 9
 
 
 def test_a_missing_picture_file_costs_no_other_row(

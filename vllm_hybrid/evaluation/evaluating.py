@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .asking import Server, ask, find_server
-from .picture_check import unreadable
+from .picture_check import PictureCheck
 from .predictions import Predictions
 from .prompts import prompt_of
 from .report import Side
@@ -39,6 +40,10 @@ class Evaluation:
     concurrency: int
     out: Path
 
+    @cached_property
+    def _pictures(self) -> PictureCheck:
+        return PictureCheck(self.data)
+
     def answers(self, url: str, model: str | None, progress: Progress, first: Side | None = None) -> Side:
         """A model's answers to all rows whose pictures can be read.
 
@@ -62,10 +67,14 @@ class Evaluation:
         store.check(settings)
         failed: dict[str, str] = {}
         missing = [row for row in self.rows if row.index not in store.answered]
-        bad = unreadable(self.data, missing, lambda done: progress("reading pictures", done, len(missing)))
-        if len(bad) < len(missing):
+        # To read all pictures takes long: whether there is a server to ask comes before.
+        needed = self._pictures.any_readable(missing)
+        if needed and server is None:
+            server = find_server(url, name)
+        bad = self._pictures.unreadable(missing, lambda *counts: progress("reading pictures", *counts))
+        if needed and server is not None:
             rows = [row for row in self.rows if row.index not in bad]
-            failed = self._ask(server or find_server(url, name), rows, store, settings, progress)
+            failed = self._ask(server, rows, store, settings, progress)
         return Side(label, store.answered, failed, settings, bad)
 
     def _ask(

@@ -9,7 +9,7 @@ import base64
 import functools
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
@@ -20,29 +20,50 @@ from .tsv import Data, Row
 MOST_THREADS = 8
 
 
-def unreadable(data: Data, rows: Sequence[Row], report: Callable[[int], None]) -> dict[str, str]:
-    """Read the pictures of rows.
+class PictureCheck:
+    """Reads pictures of a data file's rows, those of a row once."""
 
-    Args:
-        data: the rows' file.
-        rows: which.
-        report: called with the number of rows that are done, after each.
+    def __init__(self, data: Data) -> None:
+        """Read nothing yet.
 
-    Returns:
-        What is wrong with the pictures that cannot be read, by their row's index.
+        Args:
+            data: the rows' file.
 
-    """
-    found: dict[str, str] = {}
-    pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS))
-    try:
-        faults = pool.map(functools.partial(_fault, data), rows)
-        for done, (row, fault) in enumerate(zip(rows, faults, strict=True), 1):
-            if fault is not None:
-                found[row.index] = fault
-            report(done)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return found
+        """
+        self._data = data
+        self._faults: dict[str, str | None] = {}
+
+    def any_readable(self, rows: Iterable[Row]) -> bool:
+        """Whether a row's pictures can be read. No row is read after the first one whose can."""
+        for row in rows:
+            if row.index not in self._faults:
+                self._faults[row.index] = _fault(self._data, row)
+            if self._faults[row.index] is None:
+                return True
+        return False
+
+    def unreadable(self, rows: Sequence[Row], report: Callable[[int, int], None]) -> dict[str, str]:
+        """Read the pictures of rows.
+
+        Args:
+            rows: which.
+            report: called as report(rows done, rows), after each that was not read before.
+
+        Returns:
+            What is wrong with the pictures that cannot be read, by their row's index.
+
+        """
+        new = [row for row in rows if row.index not in self._faults]
+        pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS))
+        try:
+            faults = pool.map(functools.partial(_fault, self._data), new)
+            for done, (row, fault) in enumerate(zip(new, faults, strict=True), 1):
+                self._faults[row.index] = fault
+                report(done, len(new))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        found = ((row.index, self._faults[row.index]) for row in rows)
+        return {index: fault for index, fault in found if fault is not None}
 
 
 def _fault(data: Data, row: Row) -> str | None:

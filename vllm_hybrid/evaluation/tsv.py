@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import ast
 import base64
-import csv
 import hashlib
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..files import check_present
 from .left_out import (
@@ -24,19 +21,18 @@ from .left_out import (
     NO_OWNER,
     NO_PICTURE,
     NO_QUESTION,
-    NOT_A_TABLE,
     NOT_TEXT,
-    OTHER_CELLS,
     SAME_INDEX,
     LeftOut,
     sentences,
 )
+from .records import Record, cells_at, read_records
 
 # The variable that names VLMEvalKit's data folder.
 LMU_DATA = "LMUData"
 # A text this short in the column "image" is no picture but the index of the row that has it.
 LONGEST_INDEX = 64
-# What the column of right answers is called.
+# What columns of right answers are called.
 ANSWERS = ("answer", "answers")
 # How pictures of a type begin in base64. Anything else is called a JPEG; servers look for themselves.
 _TYPES = {"iVBORw": "png", "R0lGOD": "gif", "UklGR": "webp", "Qk": "bmp"}
@@ -101,13 +97,10 @@ class Data:
         cell = self._image(row.place)
         if len(cell) <= LONGEST_INDEX:
             cell = self._image(self.places[cell])
-        return [_url(picture) for picture in listed(cell)]
+        return [_url(_compact(picture)) for picture in listed(_compact(cell))]
 
     def _image(self, place: int) -> str:
-        with self.file.open("rb") as opened:
-            opened.seek(place)
-            cells = next(csv.reader((line.decode() for line in opened), delimiter="\t"))
-        return cells[self.columns.index("image")]
+        return cells_at(self.file, place)[self.columns.index("image")]
 
     def _find(self, path: str) -> Path:
         folders = [self.file.parent, self.file.parent / "images" / self.name]
@@ -147,21 +140,22 @@ def read_data(file: Path) -> Data:
     A row with a fault of its own is left out, and said to be; faults of the whole file are refused.
 
     Args:
-        file: its columns are "index", "image" or "image_path", "answer" (or "answers") and any others.
+        file: its columns are "index", "image" or "image_path", "answer" or "answers" (the first of
+            the two that is filled counts) and any others.
 
     Raises:
         ValueError: a column is missing, no row can be asked and scored, or it is no such file.
 
     """
     check_present(file)
-    # Pictures are far longer than what csv takes by default.
-    csv.field_size_limit(sys.maxsize)
     digest = hashlib.sha256()
-    table = _records(file, digest)
-    header = next(table).cells
-    if header is None or not _is_text(header):
-        raise ValueError(f"{file} cannot be read as a table with tabs: its first line is no text in UTF-8")
-    columns = [name.removeprefix("\ufeff") for name in header]
+    table = read_records(file, digest.update)
+    header = next(table)
+    if header.fault is not None or not _is_text(header.cells):
+        raise ValueError(
+            f"{file} cannot be read as a table with tabs: its first line does not name columns in UTF-8"
+        )
+    columns = [name.removeprefix("\ufeff") for name in header.cells]
     _check_columns(file, columns)
     rows, left_out, places = _read_rows(columns, table)
     if not rows:
@@ -180,48 +174,6 @@ def listed(cell: str) -> list[str]:
     return [cell]
 
 
-@dataclass(frozen=True)
-class _Record:
-    """A record of the table: the byte where it starts, its lines, and its cells, None if it has none."""
-
-    place: int
-    first_line: int
-    last_line: int
-    cells: list[str] | None
-
-    @property
-    def name(self) -> str:
-        """What to call it without an index. An unclosed quotation mark takes in lines of other rows."""
-        if self.first_line == self.last_line:
-            return f"line {self.first_line}"
-        return f"lines {self.first_line} to {self.last_line}"
-
-
-def _records(file: Path, digest: Any) -> Iterator[_Record]:
-    """The header, then the rows. Bytes that are not UTF-8 become lone surrogates."""
-    place, line = 0, 0
-
-    def lines() -> Iterator[str]:
-        nonlocal place, line
-        with file.open("rb") as opened:
-            for content in opened:
-                place += len(content)
-                line += 1
-                digest.update(content)
-                yield content.decode(errors="surrogateescape")
-
-    reader = csv.reader(lines(), delimiter="\t")
-    while True:
-        start, first_line = place, line + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            cells = None
-        yield _Record(start, first_line, line, cells)
-
-
 def _is_text(cells: Iterable[str]) -> bool:
     """Whether all bytes of a record were UTF-8."""
     try:
@@ -238,14 +190,14 @@ def _check_columns(file: Path, columns: list[str]) -> None:
             raise ValueError(f"{file} has no column {' or '.join(wanted)}; it has {', '.join(columns)}")
 
 
-def _read_rows(columns: list[str], table: Iterator[_Record]) -> tuple[list[Row], LeftOut, dict[str, int]]:
+def _read_rows(columns: list[str], table: Iterator[Record]) -> tuple[list[Row], LeftOut, dict[str, int]]:
     """The rows, those left out, and the places of pictures; see `Data`."""
     rows: dict[str, Row] = {}
     left_out: LeftOut = {}
     places: dict[str, int] = {}
     owners: dict[str, str] = {}
     for record in table:
-        if record.cells == []:
+        if not record.cells and record.fault is None:
             continue
         why = _record_fault(columns, record, rows)
         if why is not None:
@@ -256,8 +208,7 @@ def _read_rows(columns: list[str], table: Iterator[_Record]) -> tuple[list[Row],
         picture = cells.pop("image", "")
         if len(picture) > LONGEST_INDEX:
             places.setdefault(index, record.place)
-        answers = cells.pop(next(name for name in ANSWERS if name in columns), "")
-        row = Row(index, cells, [text for text in listed(answers) if text.strip()], record.place)
+        row = Row(index, cells, _pop_references(cells), record.place)
         why = _row_fault(columns, row, picture)
         if why is not None:
             left_out.setdefault(why, []).append(f"row {index}")
@@ -272,17 +223,22 @@ def _read_rows(columns: list[str], table: Iterator[_Record]) -> tuple[list[Row],
     return list(rows.values()), left_out, places
 
 
-def _cells(columns: list[str], record: _Record) -> dict[str, str]:
+def _cells(columns: list[str], record: Record) -> dict[str, str]:
     """A record's texts by column, those that are blank left out."""
-    return {column: text for column, text in zip(columns, record.cells or (), strict=True) if text.strip()}
+    return {column: text for column, text in zip(columns, record.cells, strict=True) if text.strip()}
 
 
-def _record_fault(columns: list[str], record: _Record, rows: Mapping[str, Row]) -> str | None:
+def _pop_references(cells: dict[str, str]) -> list[str]:
+    """Take the right answers out of a row's texts: those of the first column that has any."""
+    found = [listed(cells.pop(name, "")) for name in ANSWERS]
+    filled = ([text for text in texts if text.strip()] for texts in found)
+    return next((texts for texts in filled if texts), [])
+
+
+def _record_fault(columns: list[str], record: Record, rows: Mapping[str, Row]) -> str | None:
     """Why a record is no row with a name of its own; None if it is."""
-    if record.cells is None:
-        return NOT_A_TABLE
-    if len(record.cells) != len(columns):
-        return OTHER_CELLS
+    if record.fault is not None:
+        return record.fault
     if not _is_text(record.cells):
         return NOT_TEXT
     index = _cells(columns, record).get("index")
@@ -300,6 +256,11 @@ def _row_fault(columns: list[str], row: Row, picture: str) -> str | None:
     if "question" in columns and "question" not in row.cells and not {"A", "B"} <= set(row.cells):
         return NO_QUESTION
     return None
+
+
+def _compact(encoded: str) -> str:
+    """Base64 without white space: some programs break it into lines."""
+    return "".join(encoded.split())
 
 
 def _url(encoded: str) -> str:
