@@ -326,6 +326,43 @@ def test_what_is_passed_over_is_counted(folder: Path) -> None:
     )
 
 
+def test_hidden_folders_are_one_entry_and_not_walked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be large, or closed, as a disk's .Trash-0 is."""
+    (folder / ".Trash-0" / "files").mkdir(parents=True)
+    (folder / "more" / ".git").mkdir()
+    for number in range(3):
+        (folder / ".Trash-0" / "files" / f"{number}.jpg").touch()
+    walked = list_folders(monkeypatch)
+    with pytest.warns(Notice, match="passed over 2 entries: 2 hidden$"):
+        assert names(find_pictures(folder)) == ["a.jpg", "b.JFIF"]
+    assert walked == [folder, folder / "more"]
+
+
+def test_folders_that_cannot_be_listed_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "lost+found").mkdir()
+    (folder / ".Trash-0").mkdir()
+    list_folders(monkeypatch, folder / "lost+found", folder / ".Trash-0")
+    with pytest.warns(Notice, match="passed over 2 entries: 1 cannot be listed, 1 hidden$"):
+        assert names(find_pictures(folder)) == ["a.jpg", "b.JFIF"]
+    list_folders(monkeypatch, folder)
+    with pytest.raises(PermissionError, match="pictures"):
+        find_pictures(folder)
+
+
+def list_folders(monkeypatch: pytest.MonkeyPatch, *closed: Path) -> list[Path]:
+    """Records which folders are listed, and closes some to us, as no permission does to root."""
+    listed, scandir = list[Path](), os.scandir
+
+    def look(place: Any) -> Any:
+        if Path(place) in closed:
+            raise PermissionError(13, "Permission denied", str(place))
+        listed.append(Path(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", look)
+    return listed
+
+
 def test_phones_pictures_without_the_plugin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     pictures._reads_heif.cache_clear()
@@ -381,6 +418,49 @@ def test_all_unreadable_files_are_known_up_front(folder: Path) -> None:
     assert seen == [("reading pictures", done, 6) for done in range(1, 7)]
     with pytest.warns(Notice, match="4 of 6 files cannot be read as pictures: .*; left out$"):
         assert names(readable_pictures(files, skip_unreadable=True)) == ["a.jpg", "b.JFIF"]
+
+
+# Suffixes of rare picture formats that other programs' files have too.
+RARE = ("scan.pcd", "curve.fit", "mail.im", "colours.rgb", "plan.msp", "brush.gbr", "x.iim", "synth.VST")
+
+
+def test_files_with_a_rare_suffix_that_are_no_pictures(rng: np.random.Generator, folder: Path) -> None:
+    for name in RARE:
+        (folder / name).write_bytes(b"# no picture\n" + rng.bytes(300))
+    (folder / "gone.pcd").symlink_to(folder / "nowhere")
+    files = find_pictures(folder)
+    assert len(files) == 3 + len(RARE)
+    with pytest.warns(
+        Notice, match=r"^passed over what holds no picture: 9 entries: 2 \.pcd, 1 \.fit, 1 \.gbr"
+    ):
+        assert names(readable_pictures(files)) == ["a.jpg", "b.JFIF"]
+    (folder / "text.png").write_text("no picture")
+    with pytest.warns(Notice), pytest.raises(ValueError, match=r"1 of 3 files .*text\.png"):
+        readable_pictures(find_pictures(folder))
+    with pytest.raises(ValueError, match=r"none of the files is a picture, only 1 entry: 1 \.pcd; give"):
+        readable_pictures([folder / "scan.pcd"])
+
+
+def test_a_rare_picture_that_is_broken_is_no_other_file(rng: np.random.Generator, folder: Path) -> None:
+    whole = saved(picture(rng), "SGI")
+    (folder / "c.rgb").write_bytes(whole)
+    assert names(readable_pictures(find_pictures(folder))) == ["a.jpg", "c.rgb", "b.JFIF"]
+    (folder / "c.rgb").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"1 of 3 files cannot be read as pictures: .*c\.rgb"):
+        readable_pictures(find_pictures(folder))
+
+
+def test_several_pictures_in_one_file(
+    rng: np.random.Generator, folder: Path, server: ServerPixels, tower: tuple[Any, Any]
+) -> None:
+    """Cameras write them with a suffix of their own."""
+    picture(rng).save(folder / "c.mpo", format="MPO", save_all=True, append_images=[picture(rng)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files = readable_pictures(find_pictures(folder))
+    assert names(files) == ["a.jpg", "c.mpo", "b.JFIF"]
+    (calibrated,) = calibrating._pixel_values(*tower, [folder / "c.mpo"])
+    assert torch.equal(calibrated, server.of_file((folder / "c.mpo").read_bytes()))
 
 
 def test_readable_files_stay_in_their_order(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from tests.tiny_checkpoints import write_checkpoint
@@ -24,8 +25,9 @@ from vllm_hybrid.checkpoint import load_config, load_tower, merging_layers
 from vllm_hybrid.demo_model import EMBEDDED
 from vllm_hybrid.demo_pictures import write_pictures
 from vllm_hybrid.preparing import calibrate_checkpoint, find_pictures, prepare
+from vllm_hybrid.progress import Notice
 from vllm_hybrid.threshold_files import read_thresholds, write_thresholds
-from vllm_hybrid.weights import check_weights, expected_shapes, weight_files
+from vllm_hybrid.weights import expected_shapes, stored_tensors, weight_files
 
 # The tiny tower has 4 layers, of which 3 run.
 VALUES = [0.9, 0.8, 0.7]
@@ -569,7 +571,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "weights missing": (lose(FIRST), f"{FIRST} is missing", True),
     "weights dangling": (dangle(FIRST), f"{FIRST} is a link to /nowhere/blob, which is not there", True),
     "no weights": (lose(FIRST, SECOND, INDEX), "has no safetensors weights", True),
-    "shard missing without index": (lose(FIRST, INDEX), "lacks the weight", True),
+    "shard missing without index": (lose(FIRST, INDEX), "lacks the weight", False),
     "no weight map": (change(INDEX, lambda c: c.pop("weight_map")), f"{INDEX} has no weight_map", True),
     "weight map list": (put(INDEX, {"weight_map": [FIRST]}), f"{INDEX} has no weight_map", True),
     "index no JSON": (put(INDEX, b"{"), f"{INDEX} is not JSON", True),
@@ -602,19 +604,19 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
         True,
     ),
     "tower of more layers": (
-        change("config.json", lambda c: c["vision_config"].update(num_hidden_layers=5)),
+        change("config.json", lambda c: c["vision_config"].update(num_hidden_layers=6)),
         r"lacks the weight model\.vision_tower\.encoder\.layers\.4\.",
         True,
     ),
     "decoder of more layers": (
         change("config.json", lambda c: c["text_config"].update(num_hidden_layers=9)),
         r"lacks the weight model\.language_model\.layers\.8\.",
-        True,
+        False,
     ),
     "decoder of other heads": (
         change("config.json", lambda c: c["text_config"].update(num_key_value_heads=4)),
         r"k_proj.weight in .* has shape \[128, 128\], but config.json asks for \[256, 128\]",
-        True,
+        False,
     ),
     "no such activation": (
         change("config.json", lambda c: c["vision_config"].update(hidden_act="softplusplus")),
@@ -624,7 +626,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "other vocabulary": (
         change("config.json", lambda c: c["text_config"].update(vocab_size=9)),
         r"embed_tokens.weight in .* asks for \[9, 128\]",
-        True,
+        False,
     ),
     "preprocessor missing": (lose("preprocessor_config.json"), "has no preprocessor_config.json", True),
     "preprocessor pointer": (put("preprocessor_config.json", POINTER), "is a git-LFS pointer", True),
@@ -647,7 +649,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
         "chat_template.jinja is a git-LFS pointer",
         False,
     ),
-    "further file dangling": (dangle("README.md"), "README.md is a link to", False),
+    "quantisation pointer": (
+        put("hf_quant_config.json", POINTER),
+        "hf_quant_config.json is a git-LFS",
+        False,
+    ),
 }
 
 
@@ -666,6 +672,13 @@ def test_broken_checkpoints(plain: Path, case: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             load_tower(source)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("case", ["decoder of more layers", "decoder of other heads", "other vocabulary"])
+def test_calibration_reads_the_tower_alone(plain: Path, case: str, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "source")
+    BROKEN[case][0](tmp_path / "source")
+    load_tower(tmp_path / "source")
 
 
 @pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
@@ -696,25 +709,171 @@ def test_shards_need_no_index(plain: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_quantised_decoder_is_not_compared(plain: Path, tmp_path: Path) -> None:
-    """Its tensors have other names and shapes; the tower's do not, and are read for calibration."""
-    source = edited(
-        plain, tmp_path / "source", lambda c: c.update(quantization_config={"quant_method": "awq"})
+@pytest.mark.parametrize("suffix", [".model", ".json"])
+def test_only_the_tokenizer_that_is_used_need_be_whole(plain: Path, suffix: str, tmp_path: Path) -> None:
+    """Those who download without the old tokenizer have a pointer in its place."""
+    source = tmp_path / "source"
+    shutil.copytree(plain, source)
+    damage = {".model": put("tokenizer.model", POINTER), ".json": put("tokenizer.json", POINTER)}[suffix]
+    if suffix == ".json":
+        shutil.copy(EMBEDDED / "tokenizer.model", source)
+    damage(source)
+    if suffix == ".json":
+        with pytest.raises(ValueError, match=r"tokenizer\.json is a git-LFS pointer"):
+            prepare(source, tmp_path / "out")
+        return
+    prepare(source, tmp_path / "out")
+    assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer("a").input_ids
+
+
+def test_what_no_server_needs_is_left_out(plain: Path, tmp_path: Path) -> None:
+    """It is known before calibration, which takes hours."""
+    source, pictures = tmp_path / "source", tmp_path / "pictures"
+    shutil.copytree(plain, source)
+    dangle("README.md")(source)
+    (source / "images").mkdir()
+    (source / "images" / "logo.png").symlink_to("/nowhere/blob")
+    (source / "whole").symlink_to(source)
+    (source / "pytorch_model.bin").symlink_to("/nowhere/blob")
+    write_pictures(pictures)
+    told_before: list[int] = []
+    with pytest.warns(Notice) as told:
+        prepare(
+            source,
+            tmp_path / "out",
+            images=pictures,
+            tokens=300,
+            progress=lambda *_: told_before.append(len(told)),
+        )
+    assert set(told_before) == {1}
+    assert str(told[0].message) == (
+        "left out what cannot be read and no server needs: "
+        f"{source / 'README.md'}, {source / 'images' / 'logo.png'}, {source / 'pytorch_model.bin'}"
     )
-    shapes = {name: list(t.shape) for name, t in check_weights(plain, load_config(plain)).items()}
-    packed = {
+    expected = {file.name for file in plain.iterdir() if not file.name.startswith(".")} - {"README.md"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == expected
+
+
+def test_files_that_cannot_be_opened_are_left_out(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(plain, source)
+    opened = Path.open
+
+    def refuse(file: Path, *arguments: Any, **named: Any) -> Any:
+        if file.name == "README.md":
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.warns(Notice, match=r"left out .*README\.md$"):
+        prepare(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "README.md").exists() and (tmp_path / "out" / "config.json").exists()
+
+
+AWQ = {"quant_method": "awq"}
+QUANTISED: dict[str, Callable[[Path], Any]] = {
+    "quantization_config": change("config.json", lambda c: c.update(quantization_config=AWQ)),
+    "of the decoder": change("config.json", lambda c: c["text_config"].update(quantization_config=AWQ)),
+    "compression_config": change("config.json", lambda c: c.update(compression_config=AWQ)),
+    "hf_quant_config.json": put("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}),
+    "quant_config.json": put("quant_config.json", {"w_bit": 4}),
+    "quantize_config.json": put("quantize_config.json", {"bits": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def shapes(plain: Path) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in stored_tensors(plain).items()}
+
+
+def hollow(plain: Path, target: Path, shapes: dict[str, list[int]]) -> Path:
+    """A copy of a checkpoint with other tensors, which have no values."""
+    shutil.copytree(plain, target)
+    for name in (FIRST, SECOND, INDEX):
+        (target / name).unlink()
+    write_hollow(target / "model.safetensors", shapes)
+    return target
+
+
+def packed(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """As quantisation renames the decoder's tensors."""
+    return {
         name.replace(".weight", ".qweight") if "layers" in name and "tower" not in name else name: shape
         for name, shape in shapes.items()
     }
-    for name in (FIRST, SECOND, INDEX):
-        (source / name).unlink()
-    write_hollow(source / "model.safetensors", packed)
+
+
+@pytest.mark.parametrize("place", QUANTISED)
+def test_a_quantised_decoder_is_not_compared(
+    plain: Path, shapes: dict[str, list[int]], place: str, tmp_path: Path
+) -> None:
+    """Its tensors have other names and shapes; the tower's do not, and are read for calibration."""
+    source = hollow(plain, tmp_path / "source", packed(shapes))
+    with pytest.raises(ValueError, match=r"lacks the weight model\.language_model"):
+        prepare(source, tmp_path / "out")
+    QUANTISED[place](source)
     prepare(source, tmp_path / "out")
     load_tower(source)
-    packed.pop("model.vision_tower.post_layernorm.bias")
-    write_hollow(source / "model.safetensors", packed)
+
+
+def test_a_quantised_decoder_excuses_no_tower(
+    plain: Path, shapes: dict[str, list[int]], tmp_path: Path
+) -> None:
+    less = {n: s for n, s in packed(shapes).items() if n != "model.vision_tower.post_layernorm.bias"}
+    source = hollow(plain, tmp_path / "source", less)
+    QUANTISED["quantization_config"](source)
     with pytest.raises(ValueError, match=r"lacks the weight model\.vision_tower\.post_layernorm\.bias"):
         load_tower(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32])
+def test_a_quantised_tower_is_called_so(plain: Path, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(plain, source)
+    QUANTISED["compression_config"](source)
+    file = stored_tensors(source)["model.vision_tower.encoder.layers.1.mlp.fc1.weight"].file
+    tensors = load_file(file)
+    (name,) = (name for name in tensors if name.endswith("encoder.layers.1.mlp.fc1.weight") and "vis" in name)
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"is quantised \(.*fc1\.weight.*the unquantised checkpoint"):
+        load_tower(source)
+
+
+def name_attention(config: dict[str, Any]) -> None:
+    for part in (config, config["vision_config"], config["text_config"]):
+        part["_attn_implementation"] = "flash_attention_2"
+
+
+def test_an_attention_that_is_not_installed(plain: Path, tmp_path: Path) -> None:
+    """Neither checks nor calibration run what the checkpoint was trained with."""
+    source = edited(plain, tmp_path / "source", name_attention)
+    prepare(source, tmp_path / "out")
+    tower, reference = load_tower(source)[0], load_tower(plain)[0]
+    assert all(torch.equal(a, b) for a, b in zip(tower.parameters(), reference.parameters(), strict=True))
+
+
+def test_weights_that_the_feature_layer_does_not_need(
+    plain: Path, shapes: dict[str, list[int]], tmp_path: Path
+) -> None:
+    """Of four layers three run for vision_feature_layer -2, and nothing behind them."""
+    beyond = ("model.vision_tower.encoder.layers.3.", "model.vision_tower.post_layernorm.")
+    served = {name: shape for name, shape in shapes.items() if not name.startswith(beyond)}
+    assert len(served) == len(shapes) - 18
+    prepare(hollow(plain, tmp_path / "absent", served), tmp_path / "out")
+    other = {name: [*shape, 1] if name.startswith(beyond) else shape for name, shape in shapes.items()}
+    prepare(hollow(plain, tmp_path / "other", other), tmp_path / "out of other shapes")
+    needed = served.pop("model.vision_tower.encoder.layers.2.mlp.fc2.bias")
+    with pytest.raises(ValueError, match=r"lacks the weight .*layers\.2\.mlp\.fc2\.bias"):
+        prepare(hollow(plain, tmp_path / "less", served), tmp_path / "out of less")
+    served["model.vision_tower.encoder.layers.2.mlp.fc2.bias"] = needed
+    # The last layer's output needs the last layer.
+    last = hollow(plain, tmp_path / "last", served)
+    change("config.json", lambda c: c.update(vision_feature_layer=-1))(last)
+    with pytest.raises(ValueError, match=r"lacks the weight .*layers\.3\."):
+        prepare(last, tmp_path / "out of last")
 
 
 def test_tied_weights_have_no_head_of_their_own(plain: Path, tmp_path: Path) -> None:

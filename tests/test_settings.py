@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -289,7 +290,7 @@ def in_own_format(folder: Path) -> None:
 
 def with_more_layers(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["vision_config"]["num_hidden_layers"] += 1
+    config["vision_config"]["num_hidden_layers"] += 2
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -315,6 +316,36 @@ def test_a_broken_checkpoint_is_refused_at_start(
 def test_what_an_override_calls_the_model_counts(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "llava", architecture="SomebodysLlava")
     serve_arguments(path, "--hf-overrides", '{"architectures": ["LlavaHybridForConditionalGeneration"]}')
+
+
+@pytest.mark.parametrize("place", ["text_config", "file", "option", "option and file"])
+def test_quantised_weights_are_vllms_to_load(place: str, tmp_path: Path) -> None:
+    """Their names and shapes are not the configuration's, wherever it is said that they are quantised."""
+    path = tmp_path / "llava"
+    shutil.copytree(checkpoint(), path)
+    tensors = load_file(path / "model.safetensors")
+    save_file(
+        {name.replace("_proj.weight", "_proj.qweight"): tensors[name] for name in tensors},
+        path / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match="lacks the weight"):
+        serve_arguments(path)
+    options = ["--dtype", "float16"]
+    if place == "text_config":
+        config = json.loads((path / "config.json").read_text())
+        awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+        config["text_config"]["quantization_config"] = awq
+        (path / "config.json").write_text(json.dumps(config))
+    elif place == "file":
+        content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+        (path / "hf_quant_config.json").write_text(json.dumps(content))
+    elif place == "option":
+        options += ["--quantization", "fp8"]
+    else:
+        awq = {"w_bit": 4, "q_group_size": 128, "zero_point": True}
+        (path / "quant_config.json").write_text(json.dumps(awq))
+        options += ["--quantization", "awq"]
+    assert serve_arguments(path, *options).model_config.quantization is not None
 
 
 def test_weights_that_are_not_loaded_are_not_looked_at(tmp_path: Path) -> None:

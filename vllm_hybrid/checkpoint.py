@@ -15,7 +15,7 @@ from .files import read_json_object
 from .image_processor import load_image_processor
 from .processor_files import check_image_processor, check_processor_files
 from .tower import executed_layers
-from .weights import POSITION_IDS, TOWER, check_weights
+from .weights import check_weights, empty_model, tower_tensors
 
 ARCHITECTURE = "LlavaHybridForConditionalGeneration"
 # Architectures of configurations that describe LLaVA-1.5 as transformers has it.
@@ -184,8 +184,8 @@ def load_tower(checkpoint: str | Path, device: str | torch.device = "cpu") -> tu
         names; see :func:`vllm_hybrid.image_processor.load_image_processor`.
 
     Raises:
-        ValueError: the checkpoint is no LLaVA-1.5 checkpoint, weights are missing, or its image processor
-            cannot be used.
+        ValueError: the checkpoint is no LLaVA-1.5 checkpoint, weights of the tower are missing or quantised,
+            or its image processor cannot be used.
 
     """
     from safetensors import safe_open
@@ -194,18 +194,16 @@ def load_tower(checkpoint: str | Path, device: str | torch.device = "cpu") -> tu
     config = load_config(checkpoint)
     check_image_processor(checkpoint)
     image_processor = load_image_processor(checkpoint, config.vision_config.image_size)
-    stored = check_weights(checkpoint, config, always_tower=True)
+    stored = tower_tensors(checkpoint, config)
     # Releases differ in whether the model has an inner ``vision_model``; names in ``stored`` never have it.
-    with torch.device("meta"):
-        tower = CLIPVisionModel(config.vision_config)
+    tower = empty_model(CLIPVisionModel, config.vision_config)
     inner = getattr(tower, "vision_model", tower)
-    wanted = {name: t for name, t in stored.items() if name.startswith(TOWER) and name != POSITION_IDS}
     state: dict[str, torch.Tensor] = {}
-    for file in sorted({tensor.file for tensor in wanted.values()}):
+    for file in sorted({tensor.file for tensor in stored.values()}):
         with safe_open(str(file), "pt") as weights:
-            for name, tensor in wanted.items():
+            for name, tensor in stored.items():
                 if tensor.file == file:
-                    state[name.removeprefix(TOWER)] = weights.get_tensor(tensor.name).float()
+                    state[name] = weights.get_tensor(tensor.name).float()
     inner.to_empty(device="cpu")
     inner.load_state_dict(state)
     _fill_position_ids(inner)

@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 import os
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,11 @@ from .progress import Notice, Progress
 HEIF_SUFFIXES = frozenset({".heic", ".heics", ".heif", ".heifs", ".hif"})
 HEIF_PLUGIN = "pillow-heif"
 _HEIF_HINT = f" (install {HEIF_PLUGIN} to read them)"
+# A file with a suffix of these is taken for a picture whatever it holds, so that a broken one is not lost
+# from sight. Pillow's other suffixes are also those of files that are no pictures (.im, .rgb, .fit, .vst).
+_COMMON_FORMATS = frozenset({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "TIFF", "WEBP"})
+# Formats that another one's reader reads: what cameras write with several JPEG pictures in one file.
+_READ_AS = {"MPO": "JPEG"}
 # Files named in a sentence, and kinds of files counted in one.
 MOST_NAMED = 3
 MOST_KINDS = 6
@@ -71,7 +77,11 @@ def picture_suffixes() -> frozenset[str]:
     """Suffixes, in lower case and with their dot, of the files that :func:`load_rgb` can read."""
     Image.init()
     readable = {name for name in _vllm_image().ALLOWED_IMAGE_FORMATS if name in Image.OPEN}
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in readable}
+    suffixes = {
+        suffix
+        for suffix, name in Image.registered_extensions().items()
+        if _READ_AS.get(name, name) in readable
+    }
     return frozenset(suffixes | HEIF_SUFFIXES if _reads_heif() else suffixes - HEIF_SUFFIXES)
 
 
@@ -79,11 +89,12 @@ def find_pictures(folder: str | Path) -> list[Path]:
     """The picture files in a folder and the folders in it, in the order of their paths.
 
     Hidden files and folders (their names begin with a dot, as those that macOS writes beside each file of a
-    foreign disk), linked folders and files with other suffixes are passed over; a Notice counts them.
+    foreign disk), linked folders, folders that cannot be listed and files with other suffixes are passed
+    over; a Notice counts them.
 
     Raises:
         ValueError: there is no such folder, or no picture in it.
-        OSError: a folder in it cannot be listed.
+        OSError: the folder cannot be listed.
 
     """
     if not Path(folder).is_dir():
@@ -107,6 +118,9 @@ def readable_pictures(
 ) -> list[Path]:
     """The files that can be read, each read whole to know it.
 
+    Files that hold no known format and whose suffix is seldom a picture's (.pcd, .rgb) are passed over; a
+    Notice counts them.
+
     Args:
         files: picture files.
         skip_unreadable: leave out what cannot be read, and say so by a Notice.
@@ -116,11 +130,24 @@ def readable_pictures(
         The readable files in the order of ``files``.
 
     Raises:
-        ValueError: a file cannot be read and none are to be left out, or none can be read; one sentence
+        ValueError: a picture cannot be read and none are to be left out, or none can be read; one sentence
             says how many and names the first few.
 
     """
-    bad = _unreadable(files, progress)
+    faults = _unreadable(files, progress)
+    others = {file for file, error in faults.items() if _is_no_picture(file, error)}
+    if others:
+        counted = _counted(Counter(file.suffix.lower() for file in others))
+        if len(others) == len(files):
+            raise ValueError(f"none of the files is a picture, only {counted}; give a folder of pictures")
+        warnings.warn(f"passed over what holds no picture: {counted}", Notice, stacklevel=2)
+        files = [file for file in files if file not in others]
+    bad = {file: _reason(file, error) for file, error in faults.items() if file not in others}
+    return _left(files, bad, skip_unreadable)
+
+
+def _left(files: Sequence[Path], bad: dict[Path, str], skip_unreadable: bool) -> list[Path]:
+    """The files without the bad ones, of which a sentence tells."""
     if not bad:
         return list(files)
     named = ", ".join(f"{file} ({reason})" for file, reason in list(bad.items())[:MOST_NAMED])
@@ -130,21 +157,21 @@ def readable_pictures(
         raise ValueError(f"{told}; remove or convert them, or leave them out with --skip-unreadable")
     if len(bad) == len(files):
         raise ValueError(f"{told}; give a folder of pictures")
-    warnings.warn(f"{told}; left out", Notice, stacklevel=2)
+    warnings.warn(f"{told}; left out", Notice, stacklevel=3)
     return [file for file in files if file not in bad]
 
 
-def _unreadable(files: Sequence[Path], progress: Progress | None) -> dict[Path, str]:
+def _unreadable(files: Sequence[Path], progress: Progress | None) -> dict[Path, BaseException]:
     """What cannot be read, and why."""
     # Before there are threads: imports and Pillow's list of formats are not made for them.
     picture_suffixes()
     threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
-    bad: dict[Path, str] = {}
+    bad: dict[Path, BaseException] = {}
     pool = ThreadPoolExecutor(threads)
     try:
-        for done, (file, reason) in enumerate(zip(files, pool.map(_fault, files), strict=True), start=1):
-            if reason is not None:
-                bad[file] = reason
+        for done, (file, error) in enumerate(zip(files, pool.map(_fault, files), strict=True), start=1):
+            if error is not None:
+                bad[file] = error
             if progress is not None:
                 progress("reading pictures", done, len(files))
     finally:
@@ -152,13 +179,26 @@ def _unreadable(files: Sequence[Path], progress: Progress | None) -> dict[Path, 
     return bad
 
 
-def _fault(file: Path) -> str | None:
+def _fault(file: Path) -> BaseException | None:
     try:
         load_rgb(file)
     except ValueError as error:
         assert error.__cause__ is not None
-        return _reason(file, error.__cause__)
+        return error.__cause__
     return None
+
+
+def _is_no_picture(file: Path, error: BaseException) -> bool:
+    """Whether nothing but a suffix that is seldom a picture's tells of a picture in a file."""
+    cause = error.__cause__ or error
+    unknown = isinstance(cause, UnidentifiedImageError) or (isinstance(cause, OSError) and cause.strerror)
+    return bool(unknown) and file.suffix.lower() not in _common_suffixes()
+
+
+@functools.cache
+def _common_suffixes() -> frozenset[str]:
+    suffixes = Image.registered_extensions().items()
+    return HEIF_SUFFIXES | {suffix for suffix, name in suffixes if name in _COMMON_FORMATS}
 
 
 def _reason(path: str | Path, error: BaseException) -> str:
@@ -192,25 +232,32 @@ def _only_pixels(image: Image.Image) -> Image.Image:
 
 def _listed(folder: Path) -> Iterator[tuple[Path, str]]:
     """Files below a folder, each with its suffix in lower case, or else why it is none to look at."""
-    for place, folders, files in os.walk(folder, onerror=_raise):
-        folders.sort()
-        hidden = any(part.startswith(".") for part in Path(place).relative_to(folder).parts)
+    closed: list[OSError] = []
+    for place, folders, files in os.walk(folder, onerror=closed.append):
+        hidden = [name for name in (*folders, *files) if name.startswith(".")]
+        # What is taken out of this list is not walked.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in hidden:
+            yield Path(place) / name, "hidden"
         for name in folders:
             if (Path(place) / name).is_symlink():
                 yield Path(place) / name, "linked folder"
         for name in files:
-            file = Path(place) / name
-            # A link to nothing is a picture that cannot be read, not one that is not there.
-            if hidden or name.startswith("."):
-                yield file, "hidden"
-            elif file.is_file() or file.is_symlink():
-                yield file, file.suffix.lower() or "without a suffix"
-            else:
-                yield file, "special"
+            if not name.startswith("."):
+                yield Path(place) / name, _kind(Path(place) / name)
+    for error in closed:
+        if Path(error.filename) == folder:
+            raise error
+        yield Path(error.filename), "cannot be listed"
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _kind(file: Path) -> str:
+    try:
+        plain = stat.S_ISREG(file.stat().st_mode)
+    except OSError:
+        # A link to nothing is a picture that cannot be read, not one that is not there.
+        plain = True
+    return (file.suffix.lower() or "without a suffix") if plain else "special"
 
 
 def _counted(kinds: Counter[str]) -> str:

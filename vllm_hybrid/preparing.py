@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from .checkpoint import ARCHITECTURE, check_checkpoint, load_config, load_tower,
 from .config import HybridConfig
 from .folders import check_target, complete_folder
 from .journal import Journal
-from .pictures import find_pictures, readable_pictures
-from .progress import Progress
+from .pictures import MOST_NAMED, find_pictures, readable_pictures
+from .progress import Notice, Progress
 from .threshold_files import read_thresholds
 from .weights import weight_files
 
@@ -83,6 +84,8 @@ def prepare(
     if _overlap(source.resolve(), target.resolve()):
         raise ValueError(f"{out} lies in {checkpoint} or holds it; give a folder beside it")
 
+    # What a server needs has been opened; what else cannot be copied is found before the slow part.
+    files = _files_to_take(source)
     # Validated before the slow part, calibration, starts.
     section: dict[str, Any] = {"thresholds": None}
     if thresholds is not None:
@@ -101,7 +104,7 @@ def prepare(
         parsed = _parse(section, config)
 
     with complete_folder(target, force) as folder:
-        _link_or_copy(source, folder)
+        _link_or_copy(source, files, folder)
         completed = read_config(source) | {"architectures": [ARCHITECTURE], "hybrid": section}
         (folder / "config.json").write_text(json.dumps(completed, indent=2) + "\n")
     return parsed
@@ -199,8 +202,8 @@ def _overlap(first: Path, second: Path) -> bool:
     return first.is_relative_to(second) or second.is_relative_to(first)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    for file in _visible_files(source):
+def _link_or_copy(source: Path, files: Sequence[Path], target: Path) -> None:
+    for file in files:
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix.lower() in WEIGHT_SUFFIXES:
@@ -209,18 +212,38 @@ def _link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(file, place)
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    """Files of a checkpoint, without version control and download caches, which begin with a dot."""
-    children: Sequence[Path] = sorted(folder.iterdir())
-    for child in children:
+def _files_to_take(source: Path) -> list[Path]:
+    """A checkpoint's files; a Notice names those that cannot be read."""
+    files, lost = list[Path](), list[Path]()
+    _gather(source, files, lost)
+    if lost:
+        named = ", ".join(map(str, lost[:MOST_NAMED]))
+        more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+        told = f"left out what cannot be read and no server needs: {named}{more}"
+        warnings.warn(told, Notice, stacklevel=3)
+    return files
+
+
+def _gather(folder: Path, files: list[Path], lost: list[Path]) -> None:
+    """Sort what is in a folder into what can be read and what cannot.
+
+    Version control and download caches, which begin with a dot, are neither.
+    """
+    for child in sorted(folder.iterdir()):
         if child.name.startswith("."):
             continue
-        if child.is_dir():
-            yield from _visible_files(child)
-        elif child.is_file():
-            yield child
-        elif child.is_symlink():
-            raise ValueError(f"{child} is a link to {child.readlink()}, which is not there; fetch it again")
+        try:
+            if child.is_dir():
+                # A linked folder that holds this one has no end.
+                if not folder.resolve().is_relative_to(child.resolve()):
+                    _gather(child, files, lost)
+            elif child.is_file():
+                child.open("rb").close()
+                files.append(child)
+            elif child.is_symlink():
+                lost.append(child)
+        except OSError:
+            lost.append(child)
 
 
 def link(file: Path, place: Path) -> None:

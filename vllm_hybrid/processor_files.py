@@ -64,9 +64,8 @@ def _check_tokenizer(folder: Path) -> None:
     there = [name for name in TOKENIZERS if _is_there(folder / name)]
     if not there:
         raise ValueError(f"{folder} has no tokenizer ({' or '.join(TOKENIZERS)}); give a complete checkpoint")
-    for name in there:
-        check_present(folder / name)
     file = folder / there[0]
+    check_present(file)
     try:
         _load_tokenizer(file)
     except Exception as error:  # the libraries raise nothing more specific

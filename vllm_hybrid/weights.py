@@ -6,11 +6,13 @@ Only headers are read, so that a checkpoint of any size is checked at once.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .files import check_present, read_json_object
+from .tower import executed_layers
 
 INDEX = "model.safetensors.index.json"
 # Names as published, and as transformers saves them since 4.52. vLLM's LLaVA reads both.
@@ -23,17 +25,24 @@ _NEW_NAMES = {
 TOWER = "model.vision_tower."
 # Releases differ in whether the tower has this inner part; what lies in it is the same.
 _INNER_TOWER = "vision_model."
+_TOWER_LAYERS = "encoder.layers."
 # A buffer that older releases saved. It holds 0, 1, 2, ... and is not read.
 POSITION_IDS = f"{TOWER}embeddings.position_ids"
+# Where vLLM finds a quantisation: these keys of the configuration and of its text_config, or these files: of
+# ModelOpt up to 0.29, and of those that --quantization awq and gptq need.
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+QUANTISATION_FILES = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk: its file, its name there, and its shape."""
+    """A tensor on disk: its file, its name there, its shape, and its dtype as safetensors calls it."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str
 
 
 def weight_files(checkpoint: str | Path) -> list[Path]:
@@ -75,9 +84,9 @@ def stored_tensors(checkpoint: str | Path) -> dict[str, StoredTensor]:
                     "the index"
                 )
     return {
-        newer_name(name): StoredTensor(file, name, shape)
+        newer_name(name): StoredTensor(file, name, shape, dtype)
         for file, header in headers.items()
-        for name, shape in header.items()
+        for name, (shape, dtype) in header.items()
     }
 
 
@@ -92,40 +101,104 @@ def newer_name(name: str) -> str:
     return name
 
 
-def check_weights(
-    checkpoint: str | Path, config: Any, *, always_tower: bool = False
-) -> dict[str, StoredTensor]:
-    """See that the weight files are whole and hold what the configuration asks for.
+def is_quantised(checkpoint: str | Path, config: Any) -> bool:
+    """Whether a checkpoint names a quantisation in any of the places where vLLM looks for one.
 
     Args:
         checkpoint: its folder.
-        config: a ``LlavaConfig``. Where it names a quantisation, tensors have other names and shapes, and
-            are not compared with it.
-        always_tower: compare the vision tower's tensors also then.
+        config: a ``LlavaConfig``.
 
-    Returns:
-        What is stored, see :func:`stored_tensors`.
+    Raises:
+        ValueError: a file that is to describe it is broken.
+
+    """
+    parts = (config, config.text_config)
+    if any(getattr(part, key, None) is not None for part in parts for key in QUANTISATION_KEYS):
+        return True
+    files = [Path(checkpoint) / name for name in QUANTISATION_FILES]
+    there = [file for file in files if file.is_file() or file.is_symlink()]
+    for file in there:
+        read_json_object(file)
+    return bool(there)
+
+
+def check_weights(checkpoint: str | Path, config: Any, *, quantised: bool = False) -> None:
+    """See that the weight files are whole and hold what vLLM loads for the configuration.
+
+    Args:
+        checkpoint: its folder.
+        config: a ``LlavaConfig``.
+        quantised: tensors have other names and shapes, and are not compared with the configuration. So
+            it is also where the checkpoint names a quantisation, see :func:`is_quantised`.
 
     Raises:
         ValueError: the first fault, in one sentence.
 
     """
     stored = stored_tensors(checkpoint)
-    quantised = getattr(config, "quantization_config", None) is not None
-    if quantised and not always_tower:
-        return stored
+    if quantised or is_quantised(checkpoint, config):
+        return
     expected = expected_shapes(config)
     for name, shape in expected.items():
-        if not quantised or name.startswith(TOWER):
+        if _is_loaded(name, config):
             _check_tensor(checkpoint, name, shape, stored.get(name))
-    # A tower that is deeper than its configuration says would give features of another layer.
+    _check_depth(stored, expected)
+
+
+def tower_tensors(checkpoint: str | Path, config: Any) -> dict[str, StoredTensor]:
+    """The vision tower's tensors, all of them and with the configuration's shapes.
+
+    Args:
+        checkpoint: its folder.
+        config: a ``LlavaConfig``.
+
+    Returns:
+        Tensors by their newer names, without the prefix :data:`TOWER`.
+
+    Raises:
+        ValueError: a weight file is broken, or the tower is quantised or does not fit; one sentence says
+            which.
+
+    """
+    stored = {
+        name: tensor
+        for name, tensor in stored_tensors(checkpoint).items()
+        if name.startswith(TOWER) and name != POSITION_IDS
+    }
+    for tensor in stored.values():
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(
+                f"the vision tower of {checkpoint} is quantised ({tensor.name} is stored as {tensor.dtype}); "
+                "give the unquantised checkpoint, which calibration needs"
+            )
+    expected = tower_shapes(config)
+    for name, shape in expected.items():
+        _check_tensor(checkpoint, name, shape, stored.get(name))
+    _check_depth(stored, expected)
+    return {name.removeprefix(TOWER): tensor for name, tensor in stored.items()}
+
+
+def _is_loaded(name: str, config: Any) -> bool:
+    """Whether vLLM loads a weight: of the tower, only what its feature layer needs."""
+    if not name.startswith(TOWER):
+        return True
+    part = name.removeprefix(TOWER)
+    if part.startswith("post_layernorm."):
+        return False
+    if not part.startswith(_TOWER_LAYERS):
+        return True
+    layer = int(part.removeprefix(_TOWER_LAYERS).partition(".")[0])
+    return layer < executed_layers(config.vision_config.num_hidden_layers, config.vision_feature_layer)
+
+
+def _check_depth(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a tower that is deeper than its configuration says: it would give features of another layer."""
     for name, found in stored.items():
         if name.startswith(TOWER) and name not in expected and name != POSITION_IDS:
             raise ValueError(
                 f"{found.file} has a vision tower weight {found.name}, which config.json does not ask for; "
                 "give a checkpoint whose config.json belongs to it"
             )
-    return stored
 
 
 def _check_tensor(
@@ -153,26 +226,52 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         ValueError: no model can have it.
 
     """
-    import torch
     from transformers import LlavaForConditionalGeneration
 
-    plain = copy.deepcopy(config)
-    # Shapes depend on neither. An attention that a checkpoint names need not be installed, and old
-    # configurations have -1 for a padding token.
-    plain._attn_implementation = "eager"
-    plain.text_config.pad_token_id = None
-    try:
-        with torch.device("meta"):
-            state = LlavaForConditionalGeneration(plain).state_dict()
-    except Exception as error:  # whatever a nonsensical size makes of some layer
-        raise ValueError(
-            f"config.json describes no model that can be built ({_one_line(error)}); give another checkpoint"
-        ) from error
+    state = empty_model(LlavaForConditionalGeneration, config).state_dict()
     shapes = {newer_name(name): tuple(tensor.shape) for name, tensor in state.items()}
     shapes.pop(POSITION_IDS, None)
     if config.tie_word_embeddings or config.text_config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     return shapes
+
+
+def tower_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """As :func:`expected_shapes`, of the vision tower alone."""
+    from transformers import CLIPVisionModel
+
+    state = empty_model(CLIPVisionModel, config.vision_config).state_dict()
+    shapes = {newer_name(TOWER + name): tuple(tensor.shape) for name, tensor in state.items()}
+    shapes.pop(POSITION_IDS, None)
+    return shapes
+
+
+def empty_model(kind: type[Any], config: Any) -> Any:
+    """A model of transformers without values, on the device "meta".
+
+    Args:
+        kind: its class.
+        config: its configuration.
+
+    Raises:
+        ValueError: no model can have it.
+
+    """
+    import torch
+
+    plain = copy.deepcopy(config)
+    # What a model is made of depends on neither. An attention that a checkpoint names need not be installed,
+    # and old configurations have -1 for a padding token.
+    plain._attn_implementation = "eager"
+    if hasattr(plain, "text_config"):
+        plain.text_config.pad_token_id = None
+    try:
+        with torch.device("meta"):
+            return kind(plain)
+    except Exception as error:  # whatever a nonsensical size makes of some layer
+        raise ValueError(
+            f"config.json describes no model that can be built ({_one_line(error)}); give another checkpoint"
+        ) from error
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -190,13 +289,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name. The library compares the file's length with what the header says."""
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes by name. The library compares the file's length with what the header says."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), "pt") as weights:
-            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{file} is cut off or damaged ({_one_line(error)}); fetch it again") from error
 
