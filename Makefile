@@ -6,7 +6,12 @@ PY := .venv/bin/python
 PORT ?= 8000
 export PORT MODEL ARGS PREPARE_ARGS
 
-.PHONY: help setup serve test lint demo bench clean
+# Each worker runs whole groups of tests (tests/grouping.py); `-n auto` is this machine's share of cores and
+# memory. A worker that dies ends the run.
+PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests -n auto --dist loadfile --no-loadscope-reorder \
+	--max-worker-restart 0 --durations 20
+
+.PHONY: help setup serve test test-fast lint demo bench clean
 
 help:
 	@echo "make setup   make .venv with everything installed (the others do it first)"
@@ -16,6 +21,7 @@ help:
 	@echo "make demo    ask the running server questions; PORT=8000, DEMO_ARGS='flags of examples/demo.py'"
 	@echo "make bench   run the benchmark; BENCH_ARGS='flags of benchmarks/run.py'"
 	@echo "make test    run the test suite; TEST_ARGS='flags of pytest'"
+	@echo "make test-fast  the tests that start no engine and take no minute"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the environment and the checkpoints that were made"
 	@echo "Set-up reads HYBRID_DEVICE=cpu|cuda, HYBRID_PYTHON and TORCH_INDEX_URL: see setup_hybrid.sh."
@@ -27,7 +33,10 @@ serve: setup
 	@exec ./scripts/serve.sh
 
 test: setup
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
+
+test-fast: setup
+	$(PYTEST) -m "not engine and not slow" $(TEST_ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -1,13 +1,17 @@
 """Lower and upper stack under vLLM's own compile backend, against the same layers run one by one.
 
-A program of its own, because what it tests is the compile cache that processes share: it prints the largest
-error of each stack as JSON. Layers are plain torch, as is attention, behind a custom operation at which vLLM
-splits the graph, as it does at its own.
+A program of its own, because what it tests is the compile cache that processes share. It reads a list of
+starts, each a set of variables, as JSON, makes a process for each, and prints each stack's largest error.
+Layers are plain torch, as is attention, behind a custom operation at which vLLM splits the graph, as it does
+at its own.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import sys
 
 import torch
 from torch import nn
@@ -103,5 +107,16 @@ def errors() -> dict[str, float]:
     return worst
 
 
+def start(environment: dict[str, str]) -> None:
+    """Compile, or find again what an earlier start compiled, and print the errors."""
+    os.environ |= environment
+    print("ERRORS " + json.dumps(errors()), flush=True)
+
+
 if __name__ == "__main__":
-    print("ERRORS " + json.dumps(errors()))
+    # Forked, since importing vLLM takes longer than what is tested, and has computed nothing so far.
+    processes = multiprocessing.get_context("fork")
+    for environment in json.load(sys.stdin):
+        process = processes.Process(target=start, args=(environment,))
+        process.start()
+        process.join()

@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+pytest_plugins = ["tests.watchdog", "tests.grouping", "tests.engine_mark"]
+
+# vLLM's own limits: a slow machine takes the time it takes, and what hangs the watchdog ends.
+for limit in ("VLLM_ENGINE_READY_TIMEOUT_S", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"):
+    os.environ.setdefault(limit, str(24 * 3600))
+
+
+class Made(NamedTuple):
+    """A checkpoint, and how the command that made it ended."""
+
+    checkpoint: Path
+    done: subprocess.CompletedProcess[str]
+
 
 @pytest.fixture(scope="session")
-def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint, made once; tests must not write into it."""
-    from vllm_hybrid.demo_model import write_demo_model
+def demo_made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The demo checkpoint as `vllm-hybrid demo-model` makes it, once: calibrating takes a minute."""
+    out = tmp_path_factory.mktemp("demo") / "llava-hybrid"
+    call = [sys.executable, "-m", "vllm_hybrid.cli", "demo-model", str(out)]
+    done = subprocess.run(call, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    return Made(out, done)
 
-    return write_demo_model(tmp_path_factory.mktemp("demo") / "llava-hybrid")
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(demo_made: Made) -> Path:
+    """The demo checkpoint; tests must not write into it."""
+    assert demo_made.done.returncode == 0, demo_made.done.stderr
+    return demo_made.checkpoint
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """At least two threads, which loops share work out among; a worker of pytest-xdist has one."""
+    import torch
+
+    before = torch.get_num_threads()
+    # Once an engine runs in this process, `torch.set_num_threads` does nothing.
+    torch._C.set_num_threads(max(2, before))
+    yield
+    torch._C.set_num_threads(before)

@@ -314,6 +314,7 @@ def demo(base_url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_demo_client(server: str, plain: Path, tmp_path: Path) -> None:
     Server.root = str(tmp_path / "out")
     assert not subprocess.run(
@@ -328,6 +329,7 @@ def test_demo_client(server: str, plain: Path, tmp_path: Path) -> None:
     assert done.stdout.count("KV saved       86% of the prompt's   (40 blocks given back)") == 3
 
 
+@pytest.mark.slow
 def test_demo_client_without_counters(server: str, tmp_path: Path) -> None:
     Server.exports = False
     (picture,) = [f for f in write_pictures(tmp_path) if f.stem == "sky"]

@@ -15,7 +15,7 @@ import pytest
 from vllm_hybrid import compiling
 
 SOURCE = """
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("answer", [] { return 42; }); }
 """
 BUILD = """
@@ -45,17 +45,17 @@ def start_build(source: Path, **more: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_builds_at_once_and_after_a_killed_builder(source: Path) -> None:
     killed = start_build(source)
     built = source.parent / "builds"
-    deadline = time.monotonic() + 100
-    while not list(built.glob("*/lock")) and time.monotonic() < deadline and killed.poll() is None:
+    while not list(built.glob("*/lock")) and killed.poll() is None:
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert list(built.glob("*/lock")), "the builder was to be killed while it holds torch's lock"
     for builder in [start_build(source), start_build(source)]:
-        out, error = builder.communicate(timeout=200)
+        out, error = builder.communicate()
         assert out.strip() == "42", error
 
 

@@ -18,13 +18,14 @@ import psutil
 import pytest
 
 from benchmarks.gpu import first_run, publishing, smoke, trace_table
+from benchmarks.gpu.cases import UNLIMITED_S
 from benchmarks.gpu.cells import KINDS
 from benchmarks.gpu.model import SIZES
 from benchmarks.gpu.processes import ProcessFailed
 from benchmarks.gpu.results import Results
+from tests.model_infos import share_model_infos
 
 REPO = Path(__file__).parents[1]
-LONG = 900
 SPEED = ("--loads", "mixed", "--commit", "c0ffee", "--eager")
 
 
@@ -77,7 +78,7 @@ def test_an_engine_that_fails_in_smoke_stops_no_other(
 
     monkeypatch.setattr(smoke, "run_start", start)
     results = Results(tmp_path / "smoke.json", {}, "")
-    arguments: Any = (results, KINDS, tmp_path, time.time() + 1000, True, 2, lambda: None)
+    arguments: Any = (results, KINDS, tmp_path, time.time() + UNLIMITED_S, True, 2, lambda: None)
     smoke.run(*arguments)
     assert sorted(tried) == sorted(start.key for start in smoke.starts(KINDS, tiny=True))
     said = smoke.table(results.content, tiny=True)
@@ -209,7 +210,7 @@ def test_a_table_that_cannot_be_made_does_not_end_the_writing(
 
     publisher = publishing.Publisher(tmp_path / "work", tmp_path / "out", None, tables)
     publisher.keep_going()
-    assert again.wait(LONG)
+    again.wait()
     publisher.stop()
     assert "no such cell" in capfd.readouterr().err
 
@@ -220,7 +221,7 @@ def test_a_table_that_cannot_be_made_does_not_end_the_writing(
 FORCED = """
 import sys, threading
 from benchmarks.gpu import first_run
-first_run.FORCED_END_S = 1.0
+first_run.FORCED_END_S = 3.0
 class Stuck:
     def stop(self):
         pass
@@ -241,9 +242,15 @@ def test_the_end_by_force_ends(how: str) -> None:
 
 # Starts a process in a session of its own, whose parent then ends, and hangs.
 HANGS = """
-import subprocess, sys, time
-import torch  # so that the stage's time is not spent on it
+import subprocess, sys, threading, time
 from benchmarks.gpu import first_run
+hung = threading.Event()
+class Guard(threading.Timer):
+    def run(self):
+        hung.wait()
+        super().run()
+# The stage's time runs from where it hangs, and its end by force has all it needs.
+first_run.threading.Timer, first_run.FORCED_END_S = Guard, 86400.0
 PARENT = '''
 import subprocess, sys
 sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -253,9 +260,10 @@ def hang(stage):
     command = [sys.executable, "-c", PARENT]
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     print("ORPHAN", said.stdout, flush=True)
+    hung.set()
     time.sleep(600)
 first_run.STAGES["smoke"] = hang
-sys.exit(first_run.main(["--tiny", "--stage", "smoke", "--minutes", "0.4", "--out", sys.argv[1]]))
+sys.exit(first_run.main(["--tiny", "--stage", "smoke", "--minutes", "0.1", "--out", sys.argv[1]]))
 """
 
 
@@ -290,8 +298,8 @@ def test_a_script_that_fails_is_named_and_ends_nothing(
     (tmp_path / "fails.py").write_text("raise ValueError('no kernel')\n")
     args = first_run.arguments().parse_args(["--tiny", "--stage", "correct", "--out", str(tmp_path)])
     publisher = publishing.Publisher(tmp_path, tmp_path, None, str)
-    stage = first_run.Stage(args, tmp_path, time.time() + 100, publisher)
-    first_run.script(stage, "fails", ["fails.py"], 60)
+    stage = first_run.Stage(args, tmp_path, time.time() + UNLIMITED_S, publisher)
+    first_run.script(stage, "fails", ["fails.py"], UNLIMITED_S)
     assert "fails FAILED with code 1: ValueError: no kernel" in capsys.readouterr().out
     first_run.script(stage, "late", ["fails.py"], 5)
     assert "no time left for late" in capsys.readouterr().out
@@ -329,14 +337,14 @@ def test_the_checks_of_correct_are_shown_as_far_as_they_came(
     command = ["--tiny", "--stage", "correct", "--out", str(tmp_path), "--commit", "c0ffee"]
     args = first_run.arguments().parse_args(command)
     publisher = publishing.Publisher(work, tmp_path, None, str)
-    first_run.correct(first_run.Stage(args, work, time.time() + 10 * LONG, publisher))
+    first_run.correct(first_run.Stage(args, work, time.time() + UNLIMITED_S, publisher))
     asked = [line.split() for line in (work / "asked").read_text().splitlines()]
     assert [line[0] for line in asked] == ["kernels.py", "checking.py", "kernels.py"]
     assert "--check-only" in asked[0] and "--time-only" in asked[2]
     for line in asked:
         assert {"--again", "--tiny", "c0ffee"} <= set(line)
         # The script is to end before it is ended.
-        assert float(line[line.index("--minutes") + 1]) * 60 <= 10 * LONG - first_run.SCRIPT_END_S
+        assert float(line[line.index("--minutes") + 1]) * 60 <= UNLIMITED_S - first_run.SCRIPT_END_S
     short = first_run.all_tables(work, True, "correct")
     assert "a device, driver 580.1; vllm 0; commit c0ffee" in short and "command: `python stub.py`" in short
     assert "kernels: check: DISAGREES in bad" in short and "- checking, check: bad: DISAGREES: bits" in short
@@ -364,6 +372,8 @@ def test_the_tables_of_correct_fit_on_a_screen(tmp_path: Path) -> None:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Smoke, speed and profile at toy size, one engine start each."""
     out = tmp_path_factory.mktemp("first") / "out"
+    caches = out / "work" / "caches"
+    share_model_infos(caches / "vllm", caches / "smoke" / "stock-eager")
     for stage, kinds, *more in (("smoke", "stock"), ("speed", "stock", *SPEED), ("profile", "hybrid")):
         command = [
             sys.executable,
@@ -373,7 +383,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
             str(out),
         ]
         done = subprocess.run(
-            [*command, "--stage", stage, "--kinds", kinds, "--minutes", str(LONG / 60), *more],
+            [*command, "--stage", stage, "--kinds", kinds, "--minutes", str(UNLIMITED_S / 60), *more],
             capture_output=True,
             text=True,
             check=False,
@@ -384,7 +394,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.timeout(2 * LONG)
+@pytest.mark.engine
 def test_smoke_at_toy_size(ran: Path) -> None:
     content = json.loads((ran / "smoke.json").read_text())
     assert content["failures"] == {}
@@ -395,7 +405,7 @@ def test_smoke_at_toy_size(ran: Path) -> None:
     assert "| stock, eager | ok |" in (ran / "tables.md").read_text()
 
 
-@pytest.mark.timeout(2 * LONG)
+@pytest.mark.engine
 def test_speed_at_toy_size(ran: Path) -> None:
     content = json.loads((ran / "speed.json").read_text())
     assert content["failures"] == {} and content["commit"] == "c0ffee"
@@ -406,7 +416,7 @@ def test_speed_at_toy_size(ran: Path) -> None:
     assert "check: kernels not checked; checking not checked" in said
 
 
-@pytest.mark.timeout(2 * LONG)
+@pytest.mark.engine
 def test_profile_at_toy_size(ran: Path) -> None:
     content = json.loads((ran / "profile.json").read_text())
     assert content["failures"] == {}

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import bundle, fatbin, install, install_check, model, thresholds
+from benchmarks.gpu.cases import UNLIMITED_S
 
 REPO = Path(__file__).parents[1]
 
@@ -319,7 +320,7 @@ install_check.main()
 def check(folder: Path, modules: tuple[str, ...]) -> list[str]:
     """What the installer says of modules that lie in a folder."""
     (folder / "check.py").write_text(CHECKS.format(repo=str(REPO), modules=modules))
-    return install.check(folder, Path("check.py"))
+    return install.check(folder, Path("check.py"), UNLIMITED_S)
 
 
 def test_the_installer_names_what_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +338,7 @@ def test_the_installer_names_what_cannot_be_imported(tmp_path: Path, monkeypatch
 
 def test_a_check_that_does_not_start_says_so(tmp_path: Path) -> None:
     (tmp_path / "check.py").write_text("raise SystemExit('no interpreter for this')")
-    assert install.check(tmp_path, Path("check.py")) == [
+    assert install.check(tmp_path, Path("check.py"), UNLIMITED_S) == [
         "check.py ended with code 1: no interpreter for this",
     ]
 

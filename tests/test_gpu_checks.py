@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu import cases, check_requests, checking, kernel_calls, kernels
 from benchmarks.gpu.case_tables import state
-from benchmarks.gpu.cases import Case, Record, Runner, drive
+from benchmarks.gpu.cases import UNLIMITED_S, Case, Record, Runner, drive
 from benchmarks.gpu.check_compare import (
     TOLERANCES,
     Answer,
@@ -184,6 +184,7 @@ def test_unwritten_memory_holds_no_number() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.slow
 def test_kernels_are_checked_and_timed_through_the_interpreter(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
     done = run_script("kernels.py", "--tiny", "--seed", "7", "--out", str(out))
@@ -233,7 +234,7 @@ def test_what_a_sanitizer_found() -> None:
 
 def test_a_sanitizer_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.gpu.kernel_sanitizer.program", lambda: None)
-    found = sanitize("memcheck", tmp_path / "kernels.py", 1, tmp_path / "log", time.time() + 60)
+    found = sanitize("memcheck", tmp_path / "kernels.py", 1, tmp_path / "log", time.time() + UNLIMITED_S)
     assert state(found) == "not run: compute-sanitizer is not installed"
 
 
@@ -242,7 +243,9 @@ def test_a_sanitizer_without_a_verdict_failed(tmp_path: Path, monkeypatch: pytes
     script.write_text("#!/bin/sh\necho 'ValueError: no such device' >&2\nexit 3\n")
     script.chmod(0o755)
     monkeypatch.setattr("benchmarks.gpu.kernel_sanitizer.program", lambda: str(script))
-    found = sanitize("memcheck", tmp_path / "kernels.py", 1, tmp_path / "memcheck.log", time.time() + 60)
+    found = sanitize(
+        "memcheck", tmp_path / "kernels.py", 1, tmp_path / "memcheck.log", time.time() + UNLIMITED_S
+    )
     assert state(found).startswith("FAILED: ") and "ValueError: no such device" in found["failed"]
 
 
@@ -257,7 +260,9 @@ def test_answers_that_are_wrong_under_a_sanitizer_disagree(
     )
     program.chmod(0o755)
     monkeypatch.setattr("benchmarks.gpu.kernel_sanitizer.program", lambda: str(program))
-    found = sanitize("initcheck", tmp_path / "kernels.py", 1, tmp_path / "initcheck.log", time.time() + 60)
+    found = sanitize(
+        "initcheck", tmp_path / "kernels.py", 1, tmp_path / "initcheck.log", time.time() + UNLIMITED_S
+    )
     assert found["findings"] == 0 and state(found) == "DISAGREES: scenes"
 
 
@@ -294,11 +299,18 @@ run_all(cases, run, plan["deadline"], answers, None if plan["fatal"] is None els
 
 def runner(broken: bool = False, fatal: bool | None = None) -> Runner:
     def command(left: Any, until: float) -> list[str]:
-        plan = {"cases": [vars(case) for case in left], "deadline": until}
+        # The process says where a case hangs long before it is ended.
+        cases = [vars(case) | {"most_s": case.most_s / 4} for case in left]
+        plan: dict[str, Any] = {"cases": cases, "deadline": until}
         plan |= {"broken": broken, "fatal": fatal}
         return [sys.executable, "-c", CHILD.format(repo=str(REPO)), json.dumps(plan)]
 
-    return Runner("engine", command, start_s=1)
+    return Runner("engine", command, start_s=1, most_start_s=UNLIMITED_S)
+
+
+def case(key: str, seconds: float = 1, most_s: float = UNLIMITED_S) -> Case:
+    """A case that takes as long as it takes."""
+    return Case(key, seconds, most_s)
 
 
 def new_record(folder: Path) -> Record:
@@ -306,11 +318,12 @@ def new_record(folder: Path) -> Record:
 
 
 def test_a_crash_and_a_hang_stop_nothing_behind_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "sources", lambda: "this code")
     record = new_record(tmp_path)
-    plan = [Case("first", 1), Case("raises", 1), Case("dies", 1), Case("hangs", 1, most_s=3), Case("last", 1)]
-    drive(runner(), plan, record, tmp_path, time.time() + 600)
+    plan = [case("first"), case("raises"), case("dies"), case("hangs", most_s=15), case("last")]
+    drive(runner(), plan, record, tmp_path, time.time() + UNLIMITED_S)
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
-    assert set(cells) == {case.key for case in plan}
+    assert set(cells) == {one.key for one in plan}
     assert state(cells["first"]) == state(cells["last"]) == "agrees"
     assert "ValueError: the pages are torn" in cells["raises"]["failed"]
     assert "ended with code -6" in cells["dies"]["failed"]
@@ -321,10 +334,10 @@ def test_a_crash_and_a_hang_stop_nothing_behind_them(tmp_path: Path, monkeypatch
     assert any("Timeout (" in text and "in run_all" in text for text in said)
     # Everything is on record: nothing is started again, unless the code is another.
     before = copy.deepcopy(cells)
-    drive(runner(broken=True), plan, new_record(tmp_path), tmp_path, time.time() + 600)
+    drive(runner(broken=True), plan, new_record(tmp_path), tmp_path, time.time() + UNLIMITED_S)
     assert json.loads((tmp_path / "results.json").read_text())["cells"] == before
     monkeypatch.setattr(cases, "sources", lambda: "other code")
-    drive(runner(), plan[:1], new_record(tmp_path), tmp_path, time.time() + 600)
+    drive(runner(), plan[:1], new_record(tmp_path), tmp_path, time.time() + UNLIMITED_S)
     after = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert after["first"]["sources"] == "other code" and after["last"] == before["last"]
 
@@ -334,7 +347,7 @@ def test_an_error_ends_the_process_only_where_the_device_is_gone(
     fatal: bool, processes: int, tmp_path: Path
 ) -> None:
     record = new_record(tmp_path)
-    drive(runner(fatal=fatal), [Case("raises", 1), Case("last", 1)], record, tmp_path, time.time() + 600)
+    drive(runner(fatal=fatal), [case("raises"), case("last")], record, tmp_path, time.time() + UNLIMITED_S)
     cells = record.results.cells
     why = "RuntimeError: the device does not answer" if fatal else "ValueError: the pages are torn"
     assert why in cells["raises"]["failed"] and state(cells["last"]) == "agrees"
@@ -343,26 +356,27 @@ def test_an_error_ends_the_process_only_where_the_device_is_gone(
 
 def test_an_engine_that_does_not_start_is_said_of_all_its_cases(tmp_path: Path) -> None:
     record = new_record(tmp_path)
-    drive(runner(broken=True), [Case("a", 1), Case("b", 1)], record, tmp_path, time.time() + 600)
+    drive(runner(broken=True), [case("a"), case("b")], record, tmp_path, time.time() + UNLIMITED_S)
     for key in ("a", "b"):
         assert state(record.results.cells[key]).startswith("FAILED: did not start: ")
         assert "ImportError: no module named engine" in record.results.cells[key]["failed"]
     again = Record(record.results, again=True)
-    drive(runner(), [Case("a", 1), Case("b", 1)], again, tmp_path, time.time() + 600)
+    drive(runner(), [case("a"), case("b")], again, tmp_path, time.time() + UNLIMITED_S)
     assert {state(cell) for cell in again.results.cells.values()} == {"agrees"}
 
 
 def test_a_case_that_fails_is_tried_twice_in_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = [Case("dies", 1)]
+    plan = [case("dies")]
+    monkeypatch.setattr(cases, "sources", lambda: "this code")
 
     def again() -> int:
         """Processes started by another call."""
         for log in tmp_path.glob("*.log"):
             log.unlink()
         record = new_record(tmp_path)
-        drive(runner(), plan, Record(record.results, again=True), tmp_path, time.time() + 600)
+        drive(runner(), plan, Record(record.results, again=True), tmp_path, time.time() + UNLIMITED_S)
         return len(list(tmp_path.glob("*.log")))
 
     assert [again(), again(), again()] == [1, 1, 0]
@@ -375,7 +389,7 @@ def test_a_case_that_fails_is_tried_twice_in_all(
 
 def test_nothing_begins_that_cannot_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = new_record(tmp_path)
-    drive(runner(), [Case("a", 100)], record, tmp_path, time.time() + 50)
+    drive(runner(), [case("a", seconds=100)], record, tmp_path, time.time() + 50)
     assert not record.results.cells and "no time left for engine: a" in capsys.readouterr().out
 
 
@@ -535,6 +549,7 @@ def test_steps_are_counted_by_what_they_are_made_of() -> None:
 # A real engine.
 
 
+@pytest.mark.engine
 def test_an_engine_is_checked_under_mixed_steps_and_preemption(tmp_path: Path) -> None:
     out = tmp_path / "checks.json"
     arguments = ["--tiny", "--engines", "float32", "--cases", "mixed,preempted", "--out", str(out)]
@@ -560,6 +575,7 @@ def test_kernels_on_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(NO_GPU, reason="needs a CUDA device: the engines' answers on it")
+@pytest.mark.engine
 @pytest.mark.parametrize("engine", checking.ENGINES, ids=lambda engine: engine.name)
 def test_answers_on_a_gpu(engine: checking.Engine, tmp_path: Path) -> None:
     done = run_script("checking.py", "--engines", engine.name, "--out", str(tmp_path / "checks.json"))

@@ -316,7 +316,9 @@ def random_bench(rng: random.Random, prunes: bool, ahead: bool) -> Bench:
 
 @both_schedulers
 @pytest.mark.parametrize("prunes", [True, False], ids=["pruning", "merging"])
-@pytest.mark.parametrize("run", range(30))
+@pytest.mark.parametrize(
+    "run", [*range(10), *(pytest.param(n, marks=pytest.mark.slow) for n in range(10, 30))]
+)
 def test_random_traffic(prunes: bool, ahead: bool, run: int, seed: int) -> None:
     rng = random.Random(seed)
     bench = random_bench(rng, prunes, ahead)

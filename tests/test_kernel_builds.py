@@ -25,8 +25,7 @@ def has_ptxas() -> bool:
 
 pytestmark = [
     pytest.mark.skipif(not has_ptxas(), reason="Triton and its NVIDIA backend are not installed"),
-    # Compiling takes minutes where others use the processors.
-    pytest.mark.timeout(1200),
+    pytest.mark.slow,
 ]
 REPO = Path(__file__).parents[1]
 

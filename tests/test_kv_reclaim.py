@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines import STOCK, Ask, Served, checkpoint, hybrid_section, images, serve
+from tests.engines import TIGHT, Ask, Served, hybrid_section, images, serve, serve_stock
 from tests.reference import keep_count
 from tests.tiny_checkpoints import PATCHES, prompt
 
@@ -81,13 +81,9 @@ def test_a_request_holds_exactly_the_blocks_it_needs(mode: str, count: int) -> N
 
 def test_freed_blocks_serve_others_while_their_first_owner_decodes() -> None:
     """In a pool of the same bytes ours runs at least twice as many requests together as stock."""
-    options = {"max_model_len": 1024, "kv_cache_memory_bytes": 16 << 20, "enable_prefix_caching": False}
     asks = [Ask(prompt("What is here?"), (image,)) for image in images(8)]
     most = {}
-    for name, served in {
-        "stock": serve({}, checkpoint(architecture=STOCK), block_size=32, **options),
-        "ours": serve(hybrid_section("both"), **options),
-    }.items():
+    for name, served in {"stock": serve_stock(), "ours": serve(hybrid_section("both"), **TIGHT)}.items():
         preempted: list[int] = []
 
         def look(served: Served = served, preempted: list[int] = preempted) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -23,12 +22,10 @@ from vllm_hybrid.scheduler import HoleReclaim
 _names = itertools.count()
 
 
-def logger(
-    hybrid: dict[str, Any] | None = None, engine: int = 0, name: str | None = None
-) -> HybridStatLogger:
+def logger(reduces: bool = True, engine: int = 0, name: str | None = None) -> HybridStatLogger:
     """A logger of a model that no other test has counted for."""
     hf_config = load_config(checkpoint())
-    hf_config.hybrid = hybrid
+    hf_config.hybrid = hybrid_section("fastv") if reduces else None
     model = SimpleNamespace(served_model_name=name or f"model-{next(_names)}", hf_config=hf_config)
     return HybridStatLogger(SimpleNamespace(model_config=model), engine)  # type: ignore[arg-type]
 
@@ -74,14 +71,16 @@ def test_engines_are_counted_apart() -> None:
 
 
 def test_what_other_models_send_is_left_alone() -> None:
-    counted = logger()
+    counted, other = logger(), logger(reduces=False)
     counted.record(SchedulerStats(running_lora_adapters={"images": 2, "vllm_hybrid:new": 1}), None)
     counted.record(None, None)
     assert value(counted, "images") is None
+    other.record(stats(images=2), None)
+    assert value(other, "images") is None
 
 
 def test_counters_stand_at_zero_from_the_start_only_where_something_is_reduced() -> None:
-    reduces, full = logger(hybrid_section("fastv")), logger()
+    reduces, full = logger(), logger(reduces=False)
     reduces.log_engine_initialized()
     full.log_engine_initialized()
     for name in ("images", "patches", "live_tokens", "kept_tokens", "blocks_given_back"):

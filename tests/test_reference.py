@@ -395,6 +395,7 @@ def test_importance_is_transformers_attention(checkpoint: Path, images: dict[str
     torch.testing.assert_close(choice.importance, attention[places], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(("layer", "ratio"), [(1, 0.5), (2, 0.75), (7, 0.9), (3, 0.002), (4, 0.0)])
 @torch.no_grad()
@@ -493,6 +494,7 @@ def test_answers_depend_on_image_merging_and_pruning(tmp_path: Path, kv_heads: i
             assert moved > 0.05, (hybrid, kind)
 
 
+@pytest.mark.slow
 def test_rounding_decides_nothing_for_decided_images(checkpoint: Path, thresholds: list[float]) -> None:
     """Float64 merges and prunes the same tokens, and its logits are within float32 rounding."""
     hybrid = {"thresholds": thresholds, "fastv_layer": 2, "fastv_ratio": 0.5}

@@ -15,6 +15,8 @@ from tests.tiny_checkpoints import PATCHES
 
 both_schedulers = pytest.mark.parametrize("ahead", [False, True], ids=["in step", "one step ahead"])
 SCENES, PARTS = 1000, 20
+# The others are slow.
+QUICK_PARTS = 4
 
 
 def three(first: str, second: str, third: str) -> Prompt:
@@ -150,7 +152,10 @@ def test_an_identifier_used_again_for_a_plainer_picture_frees_nothing_in_use(ahe
     bench.finish()
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "part",
+    [*range(QUICK_PARTS), *(pytest.param(n, marks=pytest.mark.slow) for n in range(QUICK_PARTS, PARTS))],
+)
 def test_random_limits_and_traffic(part: int) -> None:
     """Fresh scenes each run; a failing one names its seed (see ``scheduler_scenes``)."""
     ends: Counter[str] = Counter()

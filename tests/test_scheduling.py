@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engines import Ask, Served, fingerprint, hybrid_section, images, logprob_gap, serve
+from tests.engines import TIGHT, Ask, Served, fingerprint, hybrid_section, images, logprob_gap, serve
 from tests.test_kv_reclaim import at_rest
 from tests.tiny_checkpoints import prompt
 
@@ -19,6 +19,7 @@ def crowd(served: Served) -> list[Ask]:
     return asks + [Ask(f"Numbers: {i} and {i + 1}") for i in range(4)]
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("mode", ["dymu", "both"])
 def test_alone_as_in_a_crowd(mode: str) -> None:
     served = serve(hybrid_section(mode))
@@ -33,12 +34,7 @@ def test_preempted_requests_answer_the_same() -> None:
     served = serve(hybrid_section("both"))
     asks = crowd(served)[:8]
     calm = served.generate(asks, 64)
-    tight = serve(
-        hybrid_section("both"),
-        max_model_len=1024,
-        kv_cache_memory_bytes=12 << 20,
-        enable_prefix_caching=False,
-    )
+    tight = serve(hybrid_section("both"), **TIGHT)
     preemptions = 0
     preempt = tight.scheduler._preempt_request
 
@@ -96,7 +92,8 @@ def test_chunked_text_leaves_images_whole() -> None:
 
 @pytest.mark.parametrize("mode", ["dymu", "both"])
 def test_prefix_caching_changes_nothing(mode: str) -> None:
-    served = serve(hybrid_section(mode), enable_prefix_caching=True)
+    served = serve(hybrid_section(mode))
+    assert served.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
     text = "Read this first, it is the same for everybody. Numbers: 0 1 2 3 4 5 6 7 8 9. " * 8
     pictures = images(8)
     asks = [Ask(f"{text}<image> {question}?", (pictures[i],)) for i, question in enumerate(["What", "Who"])]

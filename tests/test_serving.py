@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from tests.engines import (
-    STOCK,
     Ask,
     Served,
     checkpoint,
@@ -17,6 +16,7 @@ from tests.engines import (
     images,
     logprob_gap,
     serve,
+    serve_stock,
 )
 from tests.tiny_checkpoints import make_images, prompt
 
@@ -78,24 +78,22 @@ def test_off_is_stock() -> None:
     asks = [Ask(prompt(f"Question {i}?"), (pictures[i % 8],)) for i in range(12)]
     asks += [Ask(prompt("Both?", 2), (pictures[i], pictures[i + 1])) for i in range(3)]
     asks += [Ask("Only text."), Ask("Numbers: 10 11 12")]
-    stock = serve({}, checkpoint(architecture=STOCK))
-    assert logprob_gap(serve({}).generate(asks, 16), stock.generate(asks, 16)) <= 1e-5
-
-
-@pytest.mark.parametrize("layer", [1, 5])
-def test_pruning_after_other_layers(layer: int) -> None:
-    served = serve(hybrid_section("both", layer, 0.75))
-    asks = [served.decided(image) for image in images(8)[:2]] + [Ask("Only text.")]
-    served.check(asks, served.generate(asks))
+    assert logprob_gap(serve({}).generate(asks, 16), serve_stock().generate(asks, 16)) <= 1e-5
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "names"),
-    [(4, 4, "new"), (4, 1, "new")],
-    ids=["one key head per head, new weight names", "one key head for all, new weight names"],
+    ("layer", "heads", "kv_heads", "names"),
+    [(1, 4, 4, "new"), (5, 4, 1, "new")],
+    ids=[
+        "after layer 1, one key head per head, new weight names",
+        "after layer 5, one key head for all, new weight names",
+    ],
 )
-def test_other_head_counts_and_weight_names(heads: int, kv_heads: int, names: str) -> None:
-    served = serve(hybrid_section("both"), checkpoint(heads=heads, kv_heads=kv_heads, names=names))
+def test_pruning_after_other_layers_other_head_counts_and_weight_names(
+    layer: int, heads: int, kv_heads: int, names: str
+) -> None:
+    path = checkpoint(heads=heads, kv_heads=kv_heads, names=names)
+    served = serve(hybrid_section("both", layer, 0.75), path)
     asks = [served.decided(image) for image in images(8)[:2]] + [Ask("Only text.")]
     served.check(asks, served.generate(asks))
 

@@ -60,7 +60,6 @@ class Checkout:
             env=inherited | defaults | environment,
             capture_output=True,
             text=True,
-            timeout=60,
         )
 
     def set_up(self, **environment: str) -> str:

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.engine
+# vLLM's default depends on torch. Where nothing is compiled ahead of time, graphs are found by their tag.
+WAYS: dict[str, dict[str, str]] = {"default": {}, "not ahead": {"VLLM_USE_AOT_COMPILE": "0"}}
+STARTS = ("cold", "warm")
 
-def errors(cache: Path, environment: dict[str, str]) -> dict[str, float]:
-    """What tests/compiled_stacks.py prints, in a process of its own over a compile cache."""
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, float]]]:
+    """What tests/compiled_stacks.py prints of each way to compile and each start over its compile cache."""
+    environments = []
+    for way in WAYS.values():
+        cache = tmp_path_factory.mktemp("cache")
+        own = {"VLLM_CACHE_ROOT": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+        environments += [own | way] * len(STARTS)
     done = subprocess.run(
         [sys.executable, "-m", "tests.compiled_stacks"],
+        input=json.dumps(environments),
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
-        env={
-            **os.environ,
-            "VLLM_CACHE_ROOT": str(cache),
-            "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-            **environment,
-        },
         check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("ERRORS ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("ERRORS "))
+    assert len(lines) == len(environments), done.stderr[-3000:]
+    found = iter([json.loads(line.removeprefix("ERRORS ")) for line in lines])
+    return {way: {start: next(found) for start in STARTS} for way in WAYS}
 
 
-# vLLM's default depends on torch. Where nothing is compiled ahead of time, graphs are found by their tag.
-@pytest.mark.parametrize("environment", [{}, {"VLLM_USE_AOT_COMPILE": "0"}], ids=["default", "not ahead"])
-def test_two_stacks_share_no_compiled_graph(tmp_path: Path, environment: dict[str, str]) -> None:
-    for start in ("cold", "warm"):
-        found = errors(tmp_path, environment)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_stacks_share_no_compiled_graph(errors: dict[str, dict[str, dict[str, float]]], way: str) -> None:
+    for start in STARTS:
+        found = errors[way][start]
+        assert set(found) == {"lower", "upper"}
         assert all(error < 1e-4 for error in found.values()), (start, found)

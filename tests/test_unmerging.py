@@ -16,6 +16,7 @@ from vllm_hybrid import cpu_attention, pages, planning, unmerging
 from vllm_hybrid.planning import RowPlan, StepImages
 from vllm_hybrid.unmerging import TierBatch
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 THETA = 10_000.0
 PATCHES = 40
 Attend = Callable[..., None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from PIL import Image
 from tests.reference import Reference
 from tests.tiny_checkpoints import decided_images, make_images, pick_thresholds, prompt, write_checkpoint
 
+pytestmark = pytest.mark.engine
 TOKENS = 8
 # The request that loses a page, behind those whose answers are compared.
 LOST = 3
@@ -62,16 +62,28 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
 
 
 @pytest.fixture(scope="module")
-def interpreted(cases: Cases) -> dict[str, Any]:
-    """Answers and steps of the Triton kernels: one run for all tests, interpreting is slow."""
+def answers(cases: Cases) -> dict[str, dict[str, Any]]:
+    """Answers of each implementation of attention; of the Triton kernels also steps and a lost request."""
     lost = {"prompt": prompt("Are you there?", 0), "images": []}
     requests = [*cases.work["requests"], lost]
-    return _answers(cases.work | {"watched": True, "requests": requests, "spoiled": LOST}, "triton")
+    # Last, since what watches steps stays in the process.
+    watched = {"attention": "triton", "watched": True, "requests": requests, "spoiled": LOST}
+    alone = [{"attention": "cpu"}, {"attention": "reference"}]
+    found = _answers([cases.work | one for one in (*alone, watched)])
+    return {answer["attention"]: answer for answer in found}
+
+
+@pytest.fixture(scope="module")
+def interpreted(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Answers and steps of the Triton kernels."""
+    return answers["triton"]
 
 
 @pytest.mark.parametrize("attention", ["cpu", "reference"])
-def test_v2_runner_answers_like_the_reference(cases: Cases, attention: str) -> None:
-    _check_answers(cases, _answers(cases.work, attention))
+def test_v2_runner_answers_like_the_reference(
+    cases: Cases, answers: dict[str, dict[str, Any]], attention: str
+) -> None:
+    _check_answers(cases, answers[attention])
 
 
 def test_triton_kernels_in_the_v2_runner_answer_like_the_reference(
@@ -131,17 +143,15 @@ def test_decodes_of_one_size_issue_the_same_operations(interpreted: dict[str, An
             assert trace == traces[0]
 
 
-def _answers(work: dict[str, Any], attention: str) -> dict[str, Any]:
+def _answers(works: list[dict[str, Any]]) -> list[dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.v2_answers"],
-        input=json.dumps(work),
+        input=json.dumps(works),
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
-        env={**os.environ, "VLLM_HYBRID_ATTENTION": attention},
         check=False,
-        timeout=800,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("ANSWERS "))
+    assert len(lines) == len(works), done.stderr[-3000:]
+    return [json.loads(line.removeprefix("ANSWERS ")) for line in lines]

@@ -1,7 +1,8 @@
 """Answers of vLLM's V2 model runner, the one that serves on CUDA, on a CPU; run as a program by its test.
 
 Triton's kernels of the runner run in Triton's interpreter. That has to be arranged before vLLM is imported,
-so it needs a process of its own. Reads requests as JSON from standard input, writes answers as JSON.
+so it needs a process of its own: one for all engines. Reads a list of requests as JSON from standard input,
+writes a line with answers as JSON for each as soon as it has them.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
     """Greedy answers with log-probabilities, the name of the runner that gave them, and its steps."""
     from vllm import LLM, SamplingParams
 
+    os.environ["VLLM_HYBRID_ATTENTION"] = work["attention"]
     steps = watch_steps() if work.get("watched") else []
     llm = LLM(
         work["checkpoint"],
@@ -136,6 +138,7 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
     outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     return {
+        "attention": work["attention"],
         "runner": type(runner).__module__,
         "steps": steps,
         "answers": [
@@ -151,4 +154,5 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     pretend_cpu_backend()
-    print("ANSWERS " + json.dumps(answer(json.load(sys.stdin))))
+    for one in json.load(sys.stdin):
+        print("ANSWERS " + json.dumps(answer(one)), flush=True)

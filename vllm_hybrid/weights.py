@@ -260,9 +260,9 @@ def empty_model(kind: type[Any], config: Any) -> Any:
     import torch
 
     plain = copy.deepcopy(config)
-    # What a model is made of depends on neither. An attention that a checkpoint names need not be installed,
-    # and old configurations have -1 for a padding token.
-    plain._attn_implementation = "eager"
+    # What a model is made of depends on neither. An attention that a checkpoint names need not be installed;
+    # old configurations have -1 for a padding token.
+    plain._attn_implementation = "sdpa"
     if hasattr(plain, "text_config"):
         plain.text_config.pad_token_id = None
     try:
