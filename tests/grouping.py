@@ -47,9 +47,13 @@ _DEMO = re.compile(r"\bdemo_(?:made|checkpoint)\b")
 
 
 def worker_count() -> int:
-    """Workers for this machine: one for each core, as far as memory goes, and no more than long groups."""
+    """Workers for this machine, as far as memory goes, and no more than long groups.
+
+    One more than there are cores, because tests also wait; one core runs one test at a time.
+    """
     fit = int(min(psutil.virtual_memory().total, *_memory_limits()) // MEMORY_OF_A_WORKER)
-    return max(1, min(cores(), fit, len(LONGEST_FIRST)))
+    wanted = cores() + 1 if cores() > 1 else 1
+    return max(1, min(wanted, fit, len(LONGEST_FIRST)))
 
 
 def cores() -> int:

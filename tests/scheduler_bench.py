@@ -6,12 +6,18 @@ step the blocks that each request holds are compared with what the counts say it
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
+import vllm.config.model
 from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY, encoder_budget
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import (
@@ -31,6 +37,7 @@ from tests.pretend_worker import PretendWorker
 from tests.reference import keep_count
 from tests.test_settings import PRUNES, configure
 from tests.tiny_checkpoints import PATCHES
+from vllm_hybrid import settings
 from vllm_hybrid.scheduler import LIVE_COUNTS
 from vllm_hybrid.tiers import SPEC_OF_TIER, Tier, tier_block_sizes
 
@@ -57,6 +64,41 @@ class Prompt:
         return Prompt([*self.ids, *[PLACEHOLDER] * PATCHES], [*self.images, (len(self.ids), name)])
 
 
+def quickly_configured(hybrid: dict[str, Any], **options: Any) -> VllmConfig:
+    """The configuration of `vllm serve`, without reading and checking the same checkpoint each time."""
+    with (
+        mock.patch.object(vllm.config.model, "get_config", _known_config),
+        mock.patch.object(settings, "check_files"),
+    ):
+        return configure(hybrid, **options)
+
+
+_read_config = vllm.config.model.get_config
+_configs: dict[str, Any] = {}
+
+
+def _known_config(*args: Any, **options: Any) -> Any:
+    key = repr((args, sorted(options.items())))
+    if key not in _configs:
+        _configs[key] = _read_config(*args, **options)
+    return copy.deepcopy(_configs[key])
+
+
+_count_positions = encoder_budget.get_mm_max_toks_per_item
+
+
+@cache
+def _positions() -> dict[str, int]:
+    """What vLLM finds by processing a picture."""
+    config = configure({})
+    processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
+    return dict(_count_positions(processor, {"image": 1}, None))
+
+
+def _positions_of_an_image(*_: Any, **__: Any) -> dict[str, int]:
+    return _positions()
+
+
 class Bench:
     """A scheduler, its pretended worker and what is known about every request.
 
@@ -65,6 +107,7 @@ class Bench:
         ahead: whether the scheduler runs one step ahead of its worker.
         num_blocks: blocks of the pool, the null block among them.
         block_size: tokens per block of the smaller tier, about.
+        config: what the scheduler is made from; made of ``hybrid`` and ``options`` if left out.
         options: engine arguments.
 
     """
@@ -75,10 +118,11 @@ class Bench:
         ahead: bool = False,
         num_blocks: int = 2000,
         block_size: int = 16,
+        config: VllmConfig | None = None,
         **options: Any,
     ) -> None:
         usual = {"max_num_seqs": 8, "limit_mm_per_prompt": {"image": 3}}
-        config = configure(hybrid, **(usual | options))
+        config = config or quickly_configured(hybrid, **(usual | options))
         config.scheduler_config.async_scheduling = self.ahead = ahead
         config.cache_config.num_gpu_blocks = num_blocks
         self.sizes = block_sizes(hybrid, block_size)
@@ -101,9 +145,10 @@ class Bench:
             ],
         )
         block_size, self.hash_size = resolve_kv_cache_block_sizes(kv_config, config)
-        self.scheduler: Any = config.scheduler_config.get_scheduler_cls()(
-            config, kv_config, StructuredOutputManager(config), block_size, self.hash_size, log_stats=True
-        )
+        with mock.patch.object(encoder_budget, "get_mm_max_toks_per_item", _positions_of_an_image):
+            self.scheduler: Any = config.scheduler_config.get_scheduler_cls()(
+                config, kv_config, StructuredOutputManager(config), block_size, self.hash_size, log_stats=True
+            )
         self.managers: list[Any] = list(self.scheduler.kv_cache_manager.coordinator.single_type_managers)
         self.pool = self.scheduler.kv_cache_manager.block_pool
         live = LIVE if hybrid else dict.fromkeys(LIVE, PATCHES)

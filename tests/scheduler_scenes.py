@@ -16,8 +16,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from tests.scheduler_bench import LIVE, Bench, Prompt, block_sizes
-from tests.test_settings import MERGES, configure
+from tests.scheduler_bench import LIVE, Bench, Prompt, block_sizes, quickly_configured
+from tests.test_settings import MERGES
 from tests.tiny_checkpoints import PATCHES
 
 # Steps in which the first requests of a scene have to end while others keep coming.
@@ -65,7 +65,7 @@ def _play(rng: random.Random) -> Ended:
     block_size = rng.choice([16, 32, 64])
     tokens = length * rng.choice([1, 1, 1.3, 2.5])
     try:
-        configure(hybrid, **options)
+        config = quickly_configured(hybrid, **options)
     except ValueError as refusal:
         return Ended(refused=str(refusal))
     bench = Bench(
@@ -73,7 +73,7 @@ def _play(rng: random.Random) -> Ended:
         ahead=rng.random() < 0.5,
         num_blocks=sum(int(tokens / size) + 2 for size in block_sizes(hybrid, block_size).values()),
         block_size=block_size,
-        **options,
+        config=config,
     )
     shrink_encoder_cache(bench, rng)
     shortage = Shortage(bench)

@@ -67,7 +67,7 @@ def test_what_uses_the_demo_checkpoint_is_known_by_its_fixtures(request: pytest.
 
 
 @pytest.mark.parametrize(
-    ("cores", "gibibytes", "workers"), [(1, 64, 0), (2, 24, 2), (2, 8, 0), (4, 24, 4), (64, 512, None)]
+    ("cores", "gibibytes", "workers"), [(1, 64, 0), (2, 24, 3), (2, 16, 2), (2, 8, 0), (4, 64, 5), (64, 512, None)]
 )
 def test_workers_follow_cores_and_memory(
     cores: int, gibibytes: int, workers: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -83,12 +83,12 @@ def test_workers_follow_cores_and_memory(
 @pytest.mark.parametrize(
     ("limits", "workers"),
     [
-        ({"memory.max": "max", "cpu.max": "max 100000"}, 4),
+        ({"memory.max": "max", "cpu.max": "max 100000"}, 5),
         ({"memory.max": f"{19 << 30}"}, 3),
-        ({"cpu.max": "250000 100000"}, 2),
+        ({"cpu.max": "250000 100000"}, 3),
         ({"memory/memory.limit_in_bytes": f"{7 << 30}"}, 0),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 5),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 4),
     ],
 )
 def test_workers_follow_what_a_container_may_use(
