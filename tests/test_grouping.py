@@ -67,7 +67,8 @@ def test_what_uses_the_demo_checkpoint_is_known_by_its_fixtures(request: pytest.
 
 
 @pytest.mark.parametrize(
-    ("cores", "gibibytes", "workers"), [(1, 64, 0), (2, 24, 3), (2, 16, 2), (2, 8, 0), (4, 64, 5), (64, 512, None)]
+    ("cores", "gibibytes", "workers"),
+    [(1, 64, 0), (2, 24, 3), (2, 16, 2), (2, 8, 0), (4, 64, 5), (64, 512, None)],
 )
 def test_workers_follow_cores_and_memory(
     cores: int, gibibytes: int, workers: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
