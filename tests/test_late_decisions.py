@@ -73,7 +73,7 @@ def decide(config: VllmConfig, decision: str) -> None:
 )
 def test_a_late_decision_is_refused_before_an_engine_and_before_a_model(decision: str) -> None:
     config = configure(PRUNES)
-    settings.check_decided(config)
+    settings.check_options(config)
     decide(config, decision)
     with pytest.raises(ValueError, match="is not supported with reduced image tokens; turn it off"):
         InputProcessor(config)
@@ -90,11 +90,11 @@ def test_late_graphs_of_prefill_steps_are_refused_on_cuda(monkeypatch: pytest.Mo
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     for mode in (CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY):
         config.compilation_config.cudagraph_mode = mode
-        settings.check_decided(config)
+        settings.check_options(config)
     for mode in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL):
         config.compilation_config.cudagraph_mode = mode
         with pytest.raises(ValueError, match=f"CUDA graphs of prefill steps .cudagraph_mode {mode.name}"):
-            settings.check_decided(config)
+            settings.check_options(config)
 
 
 @pytest.mark.parametrize("architecture", [None, STOCK])

@@ -5,14 +5,10 @@ vLLM calls a plugin once per process, so each fault is pretended in a fresh one.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests.engines import STOCK, checkpoint
+from tests.fresh_process import found_by
 from vllm_hybrid.checkpoint import ARCHITECTURE
 
 pytestmark = pytest.mark.engine
@@ -51,16 +47,7 @@ del vllm.v1.kv_cache_spec_registry.register_kv_cache_spec
 
 def start(fault: str) -> tuple[dict[str, str], str]:
     """What becomes of vLLM's own LLaVA and of ours beside a fault, and what the process printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", fault + START, str(checkpoint(architecture=STOCK)), str(checkpoint())],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("SEEN ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("SEEN ")), done.stdout + done.stderr
+    return found_by(fault + START, "SEEN ", str(checkpoint(architecture=STOCK)), str(checkpoint()))
 
 
 @pytest.mark.parametrize(

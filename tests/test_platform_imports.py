@@ -7,11 +7,10 @@ imported. Each check therefore runs in a fresh interpreter and looks at what is 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from tests.fresh_process import found_by
 
 CHECK = """
 import importlib, json, os, sys
@@ -42,16 +41,7 @@ LIBRARY = ["vllm_hybrid_plugin", "vllm_hybrid.registration", "vllm_hybrid.model"
 def loaded(platform: str, worker: str, attention: str) -> tuple[list[str], list[bool]]:
     """Modules that the library adds to stock vLLM's, and which of torch's functions are still themselves."""
     work = json.dumps([STOCK[platform], [*LIBRARY, worker], attention])
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK, work],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("LOADED ")]
-    assert lines, done.stderr[-3000:]
-    modules, same = json.loads(lines[0].removeprefix("LOADED "))
+    (modules, same), _ = found_by(CHECK, "LOADED ", work)
     return modules, same
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from .files import read_json_object
 from .image_processor import load_image_processor
 from .processor_files import check_image_processor, check_processor_files
+from .sentences import one_line
 from .tower import executed_layers
 from .weights import check_weights, empty_model, tower_tensors
 
@@ -56,8 +57,7 @@ def load_config(checkpoint: str | Path) -> Any:
         config = LlavaConfig.from_pretrained(str(checkpoint))
     except Exception as error:  # transformers' own validation raises many kinds
         raise ValueError(
-            f"{Path(checkpoint) / 'config.json'} cannot be read as LLaVA's "
-            f"({' '.join(str(error).split())}); repair it"
+            f"{Path(checkpoint) / 'config.json'} cannot be read as LLaVA's ({one_line(error)}); repair it"
         ) from error
     check_shape(config)
     return config

@@ -11,6 +11,7 @@ import typer
 from . import __version__
 from .evaluation.command import evaluate
 from .progress import progress as _progress
+from .sentences import one_line
 
 app = typer.Typer(
     help="Prepare LLaVA-1.5 checkpoints for vLLM with merged and pruned image tokens.",
@@ -37,7 +38,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        print(f"vllm-hybrid: error: {_one_line(error)}", file=sys.stderr)
+        print(f"vllm-hybrid: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -187,10 +188,6 @@ def show(
 
 
 app.command("eval")(evaluate)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

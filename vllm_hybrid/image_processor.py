@@ -7,6 +7,8 @@ from typing import Any
 
 from PIL import Image
 
+from .sentences import one_line
+
 # Wide and tall: a processor that keeps pictures' proportions shows.
 _PROBES = ((48, 32), (32, 48))
 
@@ -34,7 +36,7 @@ def load_image_processor(checkpoint: str | Path, image_size: int) -> Any:
         made = [tuple(processor(images=[p], return_tensors="pt")["pixel_values"][0].shape) for p in probes]
     except Exception as error:  # Which one depends on what is wrong in its file.
         raise ValueError(
-            f"the image processor of {checkpoint} cannot be loaded ({' '.join(str(error).split())}); "
+            f"the image processor of {checkpoint} cannot be loaded ({one_line(error)}); "
             "repair its preprocessor_config.json or processor_config.json"
         ) from error
     wanted = (3, image_size, image_size)

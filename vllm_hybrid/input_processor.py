@@ -13,7 +13,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from . import beam_steps
 from .request_checks import ImageInput, check_request
-from .settings import check_decided, reduces
+from .settings import check_options, reduces
 
 
 class HybridInputProcessor(InputProcessor):
@@ -21,7 +21,7 @@ class HybridInputProcessor(InputProcessor):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         # Made before the engine is, from the configuration that the engine will get.
-        check_decided(vllm_config)
+        check_options(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
         self.image = ImageInput.of(vllm_config.model_config)
 

@@ -26,7 +26,7 @@ from .decoder import HybridLlamaForCausalLM
 from .planning import RowPlan, StepImages
 from .processing_info import HybridProcessingInfo
 from .row_shapes import by_blocks
-from .settings import check_decided, hybrid_config, num_patches
+from .settings import check_options, hybrid_config, num_patches
 from .vision import encode_merged
 
 # bf16 holds integers exactly only up to 256, so a patch's owner travels as two digits of this base.
@@ -58,7 +58,7 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         hybrid = hybrid_config(hf_config)
         if hybrid.active:
             # Here too: engines without an API server of their own have no other place.
-            check_decided(vllm_config)
+            check_options(vllm_config)
             self._init_reduced(vllm_config, prefix, hybrid)
         else:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -73,7 +73,6 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         self.config = config
         self.multimodal_config = vllm_config.model_config.multimodal_config
         self.patches = num_patches(config)
-        self.dtype = vllm_config.model_config.dtype
         self.configure_mm_token_handling(
             vocab_size=config.text_config.vocab_size, mm_token_ids=[config.image_token_index]
         )
@@ -116,8 +115,8 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         if image_input is None:
             return []
         if isinstance(image_input, LlavaImageEmbeddingInputs):
-            # Features computed elsewhere come unmerged.
-            features = torch.stack(list(image_input["data"])).to(self.dtype)
+            # Features computed elsewhere come unmerged, in the model's dtype (`ImageInput.embeddings`).
+            features = torch.stack(list(image_input["data"]))
             owner = torch.arange(self.patches, device=features.device).expand(features.shape[0], -1)
             return self._with_owners(features, owner)
         merged = encode_merged(

@@ -14,8 +14,7 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from .progress import Notice, Progress
+from .sentences import one_line
+from .threads import in_threads
 
 # What phones write. The server takes none of it, whoever sends it converts it first; Pillow reads it with a
 # plugin.
@@ -37,8 +38,6 @@ _READ_AS = {"MPO": "JPEG"}
 # Files named in a sentence, and kinds of files counted in one.
 MOST_NAMED = 3
 MOST_KINDS = 6
-# Large pictures at once are much memory; more threads read little faster.
-MOST_THREADS = 8
 
 
 def load_rgb(path: str | Path) -> Image.Image:
@@ -165,17 +164,13 @@ def _unreadable(files: Sequence[Path], progress: Progress | None) -> dict[Path, 
     """What cannot be read, and why."""
     # Before there are threads: imports and Pillow's list of formats are not made for them.
     picture_suffixes()
-    threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
     bad: dict[Path, BaseException] = {}
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for done, (file, error) in enumerate(zip(files, pool.map(_fault, files), strict=True), start=1):
+    with closing(in_threads(_fault, files)) as read:
+        for done, (file, error) in enumerate(read, start=1):
             if error is not None:
                 bad[file] = error
             if progress is not None:
                 progress("reading pictures", done, len(files))
-    finally:
-        pool.shutdown(cancel_futures=True)
     return bad
 
 
@@ -210,7 +205,7 @@ def _reason(path: str | Path, error: BaseException) -> str:
         return "its format is not known"
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
-    return " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
+    return one_line(cause).rstrip(".") or type(cause).__name__
 
 
 def _read(data: bytes) -> Image.Image:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .files import check_present, read_json_object
+from .sentences import one_line
 
 # Either of them makes a tokenizer; libraries take the first one that is there.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -70,7 +71,7 @@ def _check_tokenizer(folder: Path) -> None:
         _load_tokenizer(file)
     except Exception as error:  # the libraries raise nothing more specific
         raise ValueError(
-            f"{file} cannot be read as a tokenizer ({' '.join(str(error).split())}); fetch it again"
+            f"{file} cannot be read as a tokenizer ({one_line(error)}); fetch it again"
         ) from error
 
 

@@ -175,12 +175,10 @@ class HoleReclaim(_Scheduler):
         for image in sorted(self.promised - encoded):
             heirs = [name for name in output.num_scheduled_tokens if name in cache.cached.get(image, ())]
             if heirs:
-                number = next(
-                    number
-                    for number in sorted(cache.get_cached_input_ids(self.requests[heirs[0]]))
-                    if self.requests[heirs[0]].mm_features[number].identifier == image
-                )
-                output.scheduled_encoder_inputs.setdefault(heirs[0], []).append(number)
+                heir = self.requests[heirs[0]]
+                held = sorted(cache.get_cached_input_ids(heir))
+                number = next(n for n in held if heir.mm_features[n].identifier == image)
+                output.scheduled_encoder_inputs.setdefault(heir.request_id, []).append(number)
             elif image in cache.freeable:
                 cache.num_free_slots += cache.freeable.pop(image)
                 del cache.cached[image]

@@ -87,8 +87,7 @@ class HybridSettings(VerifyAndUpdateConfig):
         if current_platform.is_cuda():
             sample_without_flashinfer()
         if hybrid.active:
-            for problem in unsupported_options(vllm_config, hybrid):
-                raise ValueError(problem)
+            check_options(vllm_config)
             _complete(vllm_config, hybrid)
         logger.info("vllm-hybrid: %s", describe(hybrid, overrides.applied(model_config)))
 
@@ -164,8 +163,10 @@ def reduces(vllm_config: VllmConfig) -> bool:
     return model is not None and model.architecture == ARCHITECTURE and hybrid_config(model.hf_config).active
 
 
-def check_decided(vllm_config: VllmConfig) -> None:
-    """Refuse what vLLM decided after it had called :class:`HybridSettings`.
+def check_options(vllm_config: VllmConfig) -> None:
+    """Refuse options that would be wrong with reduced image tokens.
+
+    :class:`HybridSettings` asks first, and an engine again once vLLM has decided everything.
 
     Raises:
         ValueError: an option cannot be served; one sentence says which and why.
@@ -179,7 +180,7 @@ def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[s
     """Every option that is set and would be wrong with reduced image tokens, a sentence each.
 
     Some options name others, which vLLM sets only later, so both are looked at; and all are looked at again
-    when everything is decided (:func:`check_decided`).
+    when everything is decided (:func:`check_options`).
     """
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     cache, model = vllm_config.cache_config, vllm_config.model_config

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import check_present, read_json_object
+from .sentences import one_line
 from .tower import executed_layers
 
 INDEX = "model.safetensors.index.json"
@@ -270,7 +271,7 @@ def empty_model(kind: type[Any], config: Any) -> Any:
             return kind(plain)
     except Exception as error:  # whatever a nonsensical size makes of some layer
         raise ValueError(
-            f"config.json describes no model that can be built ({_one_line(error)}); give another checkpoint"
+            f"config.json describes no model that can be built ({one_line(error)}); give another checkpoint"
         ) from error
 
 
@@ -298,8 +299,4 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except SafetensorError as error:
-        raise ValueError(f"{file} is cut off or damaged ({_one_line(error)}); fetch it again") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file} is cut off or damaged ({one_line(error)}); fetch it again") from error

@@ -8,16 +8,14 @@ from __future__ import annotations
 import base64
 import functools
 import io
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 from PIL import Image
 
+from ..sentences import one_line
+from ..threads import in_threads
 from .tsv import Data, Row
-
-# Large pictures at once are much memory.
-MOST_THREADS = 8
 
 
 class PictureCheck:
@@ -54,14 +52,10 @@ class PictureCheck:
 
         """
         new = [row for row in rows if row.index not in self._faults]
-        pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS))
-        try:
-            faults = pool.map(functools.partial(_fault, self._data), new)
-            for done, (row, fault) in enumerate(zip(new, faults, strict=True), 1):
+        with closing(in_threads(functools.partial(_fault, self._data), new)) as read:
+            for done, (row, fault) in enumerate(read, 1):
                 self._faults[row.index] = fault
                 report(done, len(new))
-        finally:
-            pool.shutdown(cancel_futures=True)
         found = ((row.index, self._faults[row.index]) for row in rows)
         return {index: fault for index, fault in found if fault is not None}
 
@@ -72,7 +66,7 @@ def _fault(data: Data, row: Row) -> str | None:
         for url in data.pictures(row):
             _read(base64.b64decode(url.partition(",")[2], validate=True))
     except Exception as error:  # Pillow's readers raise whatever they stumble over in a broken file.
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
     return None
 
 
