@@ -10,12 +10,14 @@ import torch
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.media.connector import MediaConnector
+from vllm.plugins import load_general_plugins
 
 
 class ServerPixels:
     """What a server of one checkpoint hands to its vision tower, in float32."""
 
     def __init__(self, checkpoint: Path) -> None:
+        load_general_plugins()
         config = ModelConfig(model=str(checkpoint), dtype="float32", max_model_len=2048)
         self.processor: Any = MULTIMODAL_REGISTRY.create_processor(config)
 

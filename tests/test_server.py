@@ -19,6 +19,7 @@ from PIL import Image
 
 from tests.engines import (
     CHOICE_MARGIN,
+    MERGE_MARGIN,
     TOLERANCE,
     ServingReference,
     checkpoint,
@@ -80,6 +81,23 @@ def embeddings_part(embeddings: torch.Tensor) -> dict[str, Any]:
     buffer = io.BytesIO()
     torch.save(embeddings, buffer)
     return {"type": "image_embeds", "image_embeds": base64.b64encode(buffer.getvalue()).decode()}
+
+
+def chat(kind: str) -> tuple[ServingReference, list[int]]:
+    """The reference, and the prompt of QUESTION about an image: the chat template's has no <s>."""
+    reference = ServingReference(checkpoint(), hybrid_section(kind))
+    return reference, reference.prompt_ids(prompt(QUESTION))[1:]
+
+
+def decided_pictures(kind: str) -> Iterator[Image.Image]:
+    """Pictures of whose tokens rounding drops no other ones when asked QUESTION."""
+    reference, ids = chat(kind)
+    for picture in images(8):
+        if (
+            reference.merge_margin(picture) > MERGE_MARGIN
+            and reference.choices(ids, [picture])[0].margin > CHOICE_MARGIN
+        ):
+            yield picture
 
 
 def said(answer: Any) -> str:
@@ -155,6 +173,11 @@ def test_a_bad_image_is_refused_and_others_go_on(client: OpenAI, broken: str, me
         assert said(good.result()) == wanted
 
 
+def test_a_picture_that_would_take_all_memory_is_refused(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError, match="a picture of 1 x 200000 grows to"):
+        ask(client, data_url(png(Image.new("RGB", (1, 200_000)))))
+
+
 def test_a_prompt_that_is_too_long_is_refused(client: OpenAI) -> None:
     with pytest.raises(BadRequestError, match="2048"):
         ask(client, *[url(i) for i in range(3)], text="word " * 400)
@@ -183,11 +206,8 @@ def test_embeddings_of_no_whole_image_are_refused_and_the_server_goes_on(client:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_embeddings_are_served_unmerged_and_pruned(client: OpenAI, dtype: torch.dtype) -> None:
-    section = hybrid_section("fastv")
-    reference = ServingReference(checkpoint(), section)
-    # The chat template's prompt has no <s>.
-    ids = reference.prompt_ids(prompt(QUESTION))[1:]
-    picture = next(i for i in images(8) if reference.choices(ids, [i])[0].margin > CHOICE_MARGIN)
+    reference, ids = chat("fastv")
+    picture = next(decided_pictures("fastv"))
     features = embeddings_part(reference.encode(picture)[0].to(dtype))
     answer = ask_parts(
         client,
@@ -230,11 +250,11 @@ def test_features_that_a_client_made_are_looked_at(server: Server, client: OpenA
 
 def test_one_beam_is_the_greedy_answer(client: OpenAI) -> None:
     """What is dropped of an image is the prompt's choice, not that of what the beam has chosen since."""
-    for number in range(3):
+    for picture in decided_pictures("both"):
         greedy, beam = (
             ask(
                 client,
-                url(number),
+                data_url(png(picture)),
                 logprobs=True,
                 extra_body={"use_beam_search": searched, "ignore_eos": True},
             )

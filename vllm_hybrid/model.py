@@ -13,7 +13,6 @@ from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
     LlavaImageEmbeddingInputs,
-    LlavaMultiModalProcessor,
     LlavaMultiModalProjector,
     init_vision_tower_for_llava,
 )
@@ -24,7 +23,7 @@ from vllm.sequence import IntermediateTensors
 from .config import HybridConfig
 from .decoder import HybridLlamaForCausalLM
 from .planning import RowPlan, StepImages
-from .processing_info import HybridProcessingInfo
+from .processing_info import CheckingProcessor, HybridProcessingInfo
 from .row_shapes import by_blocks
 from .settings import check_options, hybrid_config, num_patches
 from .vision import encode_merged
@@ -35,7 +34,7 @@ _OWNER_CHANNELS = 2
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    LlavaMultiModalProcessor, info=HybridProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+    CheckingProcessor, info=HybridProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
     """LLaVA-1.5 served with DyMU merging, virtual unmerging and FastV pruning.

@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from .image_processor import check_size
 from .progress import Notice, Progress
 from .sentences import one_line
 from .threads import in_threads
@@ -113,7 +114,10 @@ def find_pictures(folder: str | Path) -> list[Path]:
 
 
 def readable_pictures(
-    files: Sequence[Path], skip_unreadable: bool = False, progress: Progress | None = None
+    files: Sequence[Path],
+    image_processor: Any,
+    skip_unreadable: bool = False,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """The files that can be read, each read whole to know it.
 
@@ -122,6 +126,7 @@ def readable_pictures(
 
     Args:
         files: picture files.
+        image_processor: what will process them; a picture that it cannot, for its shape, is not readable.
         skip_unreadable: leave out what cannot be read, and say so by a Notice.
         progress: called as progress(stage, pictures done, pictures).
 
@@ -133,7 +138,7 @@ def readable_pictures(
             says how many and names the first few.
 
     """
-    faults = _unreadable(files, progress)
+    faults = _unreadable(files, image_processor, progress)
     others = {file for file, error in faults.items() if _is_no_picture(file, error)}
     if others:
         counted = _counted(Counter(file.suffix.lower() for file in others))
@@ -160,12 +165,15 @@ def _left(files: Sequence[Path], bad: dict[Path, str], skip_unreadable: bool) ->
     return [file for file in files if file not in bad]
 
 
-def _unreadable(files: Sequence[Path], progress: Progress | None) -> dict[Path, BaseException]:
+def _unreadable(
+    files: Sequence[Path], image_processor: Any, progress: Progress | None
+) -> dict[Path, BaseException]:
     """What cannot be read, and why."""
     # Before there are threads: imports and Pillow's list of formats are not made for them.
     picture_suffixes()
     bad: dict[Path, BaseException] = {}
-    with closing(in_threads(_fault, files)) as read:
+    fault = functools.partial(_fault, image_processor)
+    with closing(in_threads(fault, files)) as read:
         for done, (file, error) in enumerate(read, start=1):
             if error is not None:
                 bad[file] = error
@@ -174,12 +182,11 @@ def _unreadable(files: Sequence[Path], progress: Progress | None) -> dict[Path, 
     return bad
 
 
-def _fault(file: Path) -> BaseException | None:
+def _fault(image_processor: Any, file: Path) -> BaseException | None:
     try:
-        load_rgb(file)
+        check_size(load_rgb(file).size, image_processor)
     except ValueError as error:
-        assert error.__cause__ is not None
-        return error.__cause__
+        return error.__cause__ or error
     return None
 
 

@@ -163,7 +163,7 @@ def calibrate_checkpoint(
     layer = load_config(checkpoint).vision_feature_layer
     for tokens in levels.values():
         check_wanted(tower, tokens, batch_size, layer, schedule)
-    files = readable_pictures(files, skip_unreadable, progress)
+    files = readable_pictures(files, image_processor, skip_unreadable, progress)
     weights = [_stamp(file) for file in weight_files(checkpoint)]
     processing = json.loads(image_processor.to_json_string())
     kept = Journal(journal, [__version__, weights, processing, layer])

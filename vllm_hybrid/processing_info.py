@@ -1,12 +1,24 @@
-"""LLaVA's processing of images in the API server, with embeddings checked before any cache knows them."""
+"""LLaVA's processing of images in the API server, with each image checked before it costs anything.
+
+Embeddings are checked before any cache knows them, pictures before they are resized.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from vllm.model_executor.models.llava import LlavaProcessingInfo
-from vllm.multimodal.parse import ImageEmbeddingItems, ModalityDataItems, MultiModalDataParser
+from transformers.feature_extraction_utils import BatchFeature
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
+from vllm.multimodal.parse import (
+    ImageEmbeddingItems,
+    ImageProcessorItems,
+    ModalityDataItems,
+    MultiModalDataParser,
+)
 
+from .image_processor import check_size
 from .request_checks import ImageInput
 from .settings import hybrid_config
 
@@ -43,3 +55,22 @@ class CheckingParser(MultiModalDataParser):
         if isinstance(items, ImageEmbeddingItems):
             return ImageEmbeddingItems([self.image.embeddings(given) for given in items.get_all()])
         return items
+
+
+class CheckingProcessor(LlavaMultiModalProcessor):
+    """vLLM's processor, which takes no picture that would grow beyond all memory."""
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        images: Any = hf_data.get("images", ())
+        processor: Any = self.info.get_hf_processor(**hf_kwargs)
+        changes = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        for number in range(len(images)):
+            size = ImageProcessorItems(images).get_image_size(number)
+            try:
+                check_size((size.width, size.height), processor.image_processor, changes)
+            except ValueError as error:
+                found = f"{size.width} x {size.height}"
+                raise VLLMValidationError(str(error), parameter="image", value=found) from error
+        return super()._call_hf_processor(hf_data, hf_kwargs)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .checkpoint import check_checkpoint, load_config
-from .image_processor import load_image_processor
+from .image_processor import check_size, load_image_processor
 from .pictures import to_rgb
 from .regions import enlarged, kept_regions, merged_regions, side_by_side
 
@@ -67,13 +67,15 @@ def show(
         )
     reduced_section = hybrid | ({"level": level} if level else {})
     picture = to_rgb(picture)
+    # Before the engines start, since not every picture can be processed.
+    square = as_the_tower_sees(checkpoint, picture)
     reduced = _in_own_process(str(checkpoint), reduced_section, picture, question, tokens, dtype)
     full = _in_own_process(str(checkpoint), None, picture, question, tokens, dtype)
     if reduced.owner is None or reduced.kept is None:
         raise ValueError(
             f"the hybrid section of {checkpoint} switches nothing on, so there is nothing to show"
         )
-    return draw(as_the_tower_sees(checkpoint, picture), question, reduced, full)
+    return draw(square, question, reduced, full)
 
 
 def draw(picture: Image.Image, question: str, reduced: Seen, full: Seen) -> Image.Image:
@@ -94,10 +96,12 @@ def as_the_tower_sees(checkpoint: str | Path, picture: Image.Image) -> Image.Ima
     """The picture after the checkpoint's own resizing, cropping and padding: RGB, a square.
 
     Raises:
-        ValueError: the checkpoint has no configuration or image processor that can be used.
+        ValueError: the checkpoint has no configuration or image processor that can be used, or the picture
+            is so narrow that this one cannot process it.
 
     """
     processor = load_image_processor(checkpoint, load_config(checkpoint).vision_config.image_size)
+    check_size(picture.size, processor)
     pixels = processor(picture, return_tensors="np", do_normalize=False, do_rescale=False)["pixel_values"][0]
     return Image.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
