@@ -17,6 +17,12 @@ pytest_plugins = ["tests.watchdog", "tests.grouping", "tests.engine_mark"]
 for limit in ("VLLM_ENGINE_READY_TIMEOUT_S", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"):
     os.environ.setdefault(limit, str(24 * 3600))
 
+# With what the processes that tests start read first.
+STARTUP = str(Path(__file__).parent / "startup")
+_found = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+if STARTUP not in _found:
+    os.environ["PYTHONPATH"] = os.pathsep.join([STARTUP, *filter(None, _found)])
+
 
 class Made(NamedTuple):
     """A checkpoint, and how the command that made it ended."""

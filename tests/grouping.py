@@ -37,6 +37,9 @@ LONGEST_FIRST = (
     "test_stack_compiling",
     "test_reference",
     "test_kernels",
+    "test_platform_imports",
+    "test_other_models",
+    "test_watchdog",
 )
 # A worker with engines, its servers and the compilers that it starts.
 MEMORY_OF_A_WORKER = 6 << 30
@@ -47,11 +50,12 @@ _DEMO = re.compile(r"\bdemo_(?:made|checkpoint)\b")
 
 
 def worker_count() -> int:
-    """Workers for this machine, as far as memory goes, and no more than long groups.
+    """Workers for this machine, as far as free memory goes, and no more than long groups.
 
     One more than there are cores, because tests also wait; one core runs one test at a time.
     """
-    fit = int(min(psutil.virtual_memory().total, *_memory_limits()) // MEMORY_OF_A_WORKER)
+    memory = psutil.virtual_memory()
+    fit = int(min(memory.total, memory.available, *_memory_limits()) // MEMORY_OF_A_WORKER)
     wanted = cores() + 1 if cores() > 1 else 1
     return max(1, min(wanted, fit, len(LONGEST_FIRST)))
 

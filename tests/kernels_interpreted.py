@@ -23,6 +23,7 @@ from triton.runtime.errors import InterpreterError  # noqa: E402
 from tests import kernel_memory  # noqa: E402
 from tests import test_unmerging as shared  # noqa: E402
 from tests.test_unmerging import PATCHES, World, seed  # noqa: E402, F401
+from tests.triton_interpreter import patch_once_a_launch  # noqa: E402
 from vllm_hybrid import gpu_attention, pages, planning, unmerging  # noqa: E402
 from vllm_hybrid.kernels import decode as decode_kernel  # noqa: E402
 from vllm_hybrid.kernels.decode import split_count  # noqa: E402
@@ -40,6 +41,7 @@ def _mass(query: Tensor, rows: Tensor, batch: TierBatch, angles: Tensor, scale: 
     return gpu_attention.attention_mass(query, rows, batch, plan, angles, scale)
 
 
+patch_once_a_launch()
 KERNELS: tuple[Any, Any, Any] = (gpu_attention.walk_pages, _attend, _mass)
 
 SHAPES = shared.SHAPES | {"odd head": (4, 1, 80, 3), "groups of three": (3, 1, 32, 6)}

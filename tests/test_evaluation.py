@@ -140,6 +140,10 @@ def refused(
     return sentence.removeprefix("vllm-hybrid: error: ").strip()
 
 
+def written(file: Path) -> int:
+    return file.read_text().count("\n")
+
+
 def lines(file: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -724,9 +728,11 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
     file = write_tsv(tmp_path / "Toy.tsv", rows)
     killed = threading.Event()
+    held = []
 
     def slowly(pictures: list[str], text: str) -> str:
         if len(server.requests) > 5:
+            held.append(text)
             killed.wait()
         return describe(pictures, text)
 
@@ -744,7 +750,8 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         call = [sys.executable, "-m", "vllm_hybrid.cli", "eval", *options]
         run = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         predictions = tmp_path / "out" / "Toy" / "tiny" / "predictions.jsonl"
-        while not predictions.exists() or len(predictions.read_text().splitlines()) < 4:
+        # All it may have on the way waits, so that nothing more comes in once it is dead.
+        while len(held) < 2 or not predictions.exists() or written(predictions) < len(server.requests) - 2:
             assert run.poll() is None
             time.sleep(0.05)
         os.kill(run.pid, signal.SIGKILL)

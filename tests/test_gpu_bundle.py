@@ -327,7 +327,7 @@ def test_the_installer_names_what_cannot_be_imported(tmp_path: Path, monkeypatch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "present.py").write_text("")
     (tmp_path / "broken.py").write_text("import absent_module\n")
-    (tmp_path / "deadly.py").write_text("import os, sys\nsys.stderr.write('died here')\nos._exit(3)\n")
+    (tmp_path / "deadly.py").write_text("import os, sys\nprint('died here', file=sys.stderr)\nos._exit(3)\n")
     assert check(tmp_path, ("present", "broken", "deadly", "json", "nowhere")) == [
         "broken cannot be imported: ModuleNotFoundError: No module named 'absent_module'",
         "deadly ends the process with code 3: died here",

@@ -67,15 +67,28 @@ def test_what_uses_the_demo_checkpoint_is_known_by_its_fixtures(request: pytest.
 
 
 @pytest.mark.parametrize(
-    ("cores", "gibibytes", "workers"),
-    [(1, 64, 0), (2, 24, 3), (2, 16, 2), (2, 8, 0), (4, 64, 5), (64, 512, None)],
+    ("cores", "total", "available", "workers"),
+    [
+        (1, 64, 64, 0),
+        (2, 24, 20, 3),
+        (2, 24, 13, 2),
+        (2, 16, 16, 2),
+        (2, 8, 8, 0),
+        (4, 64, 60, 5),
+        (64, 512, 500, None),
+    ],
 )
 def test_workers_follow_cores_and_memory(
-    cores: int, gibibytes: int, workers: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cores: int,
+    total: int,
+    available: int,
+    workers: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(grouping, "CONTROL_GROUPS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    memory = SimpleNamespace(total=gibibytes << 30)
+    memory = SimpleNamespace(total=total << 30, available=available << 30)
     monkeypatch.setattr(grouping.psutil, "virtual_memory", lambda: memory)
     found = grouping.pytest_xdist_auto_num_workers()
     assert found == (len(grouping.LONGEST_FIRST) if workers is None else workers)
@@ -95,8 +108,9 @@ def test_workers_follow_cores_and_memory(
 def test_workers_follow_what_a_container_may_use(
     limits: dict[str, str], workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    memory = SimpleNamespace(total=64 << 30, available=64 << 30)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
-    monkeypatch.setattr(grouping.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 << 30))
+    monkeypatch.setattr(grouping.psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(grouping, "CONTROL_GROUPS", tmp_path)
     for name, text in limits.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -25,6 +25,8 @@ import torch  # noqa: E402
 import triton.backends  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from tests.triton_interpreter import patch_once_a_launch  # noqa: E402
+
 
 def pretend_cpu_backend() -> None:
     """vLLM asks Triton for an active driver; the interpreter needs none, so one that says yes will do."""
@@ -154,5 +156,6 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     pretend_cpu_backend()
+    patch_once_a_launch()
     for one in json.load(sys.stdin):
         print("ANSWERS " + json.dumps(answer(one)), flush=True)
