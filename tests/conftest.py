@@ -7,9 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.server_pixels import ServerPixels
 
 pytest_plugins = ["tests.watchdog", "tests.grouping", "tests.engine_mark"]
 
@@ -48,6 +51,22 @@ def demo_checkpoint(demo_made: Made) -> Path:
     """The demo checkpoint; tests must not write into it."""
     assert demo_made.done.returncode == 0, demo_made.done.stderr
     return demo_made.checkpoint
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint that the plugin serves; tests must not write into it."""
+    from tests.tiny_checkpoints import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("served") / "llava")
+
+
+@pytest.fixture(scope="session")
+def server_pixels(llava: Path) -> ServerPixels:
+    """What a server of that checkpoint makes of pictures."""
+    from tests.server_pixels import ServerPixels
+
+    return ServerPixels(llava)
 
 
 @pytest.fixture

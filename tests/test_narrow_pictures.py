@@ -13,7 +13,6 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.odd_pictures import saved
 from tests.server_pixels import ServerPixels
-from tests.tiny_checkpoints import write_checkpoint
 from vllm_hybrid import calibrating
 from vllm_hybrid.checkpoint import load_tower
 from vllm_hybrid.image_processor import check_size, most_pixels
@@ -37,17 +36,6 @@ CHANGES: dict[str, tuple[dict[str, Any], int]] = {
     "group": ({"images_kwargs": {"size": {"shortest_edge": 50_000}}}, 50_000),
     "common": ({"common_kwargs": {"crop_size": 30_000}}, 30_000),
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("narrow") / "llava"
-    return write_checkpoint(folder, architecture="LlavaHybridForConditionalGeneration")
-
-
-@pytest.fixture(scope="module")
-def server(checkpoint: Path) -> ServerPixels:
-    return ServerPixels(checkpoint)
 
 
 @pytest.fixture
@@ -79,38 +67,40 @@ def test_usual_pictures_pass() -> None:
             check_size(size, processor)
 
 
-def test_the_server_refuses_it(server: ServerPixels, narrow: Path) -> None:
+def test_the_server_refuses_it(server_pixels: ServerPixels, narrow: Path) -> None:
     with pytest.raises(VLLMValidationError, match=SAID):
-        server.of_file(narrow.read_bytes())
+        server_pixels.of_file(narrow.read_bytes())
     with pytest.raises(VLLMValidationError, match=SAID):
-        server.of_picture(Image.new("RGB", NARROW))
+        server_pixels.of_picture(Image.new("RGB", NARROW))
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_server_refuses_options_of_a_request_that_do_the_same(server: ServerPixels, name: str) -> None:
+def test_the_server_refuses_options_of_a_request_that_do_the_same(
+    server_pixels: ServerPixels, name: str
+) -> None:
     changes, side = CHANGES[name]
-    items = server.processor.info.parse_mm_data({"image": [Image.new("RGB", (30, 30))]})
+    items = server_pixels.processor.info.parse_mm_data({"image": [Image.new("RGB", (30, 30))]})
     with pytest.raises(
         VLLMValidationError, match=rf"30 x 30 grows to {side**2:.4g} pixels".replace("+", r"\+")
     ):
-        server.processor("USER: <image> ASSISTANT:", items, hf_processor_mm_kwargs=changes)
+        server_pixels.processor("USER: <image> ASSISTANT:", items, hf_processor_mm_kwargs=changes)
 
 
-def test_what_runs_without_a_server_refuses_it(checkpoint: Path, narrow: Path) -> None:
-    tower, processor = load_tower(checkpoint)
+def test_what_runs_without_a_server_refuses_it(llava: Path, narrow: Path) -> None:
+    tower, processor = load_tower(llava)
     with pytest.raises(ValueError, match=rf"1 of 1 files cannot be read as pictures: .*narrow\.png \({SAID}"):
         readable_pictures([narrow], processor)
     with pytest.raises(ValueError, match=rf"narrow\.png: {SAID}"):
         calibrating._pixel_values(tower, processor, [narrow])
     with pytest.raises(ValueError, match=SAID):
-        as_the_tower_sees(checkpoint, load_rgb(narrow))
+        as_the_tower_sees(llava, load_rgb(narrow))
 
 
 def test_show_refuses_it_before_an_engine_starts(
-    checkpoint: Path, narrow: Path, monkeypatch: pytest.MonkeyPatch
+    llava: Path, narrow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = type("Config", (), {"hybrid": {"fastv_ratio": 0.5}})
     monkeypatch.setattr("vllm_hybrid.showing.check_checkpoint", lambda _: section)
     monkeypatch.setattr("vllm_hybrid.showing._in_own_process", lambda *_: pytest.fail("an engine starts"))
     with pytest.raises(ValueError, match=SAID):
-        show(checkpoint, load_rgb(narrow), "What?", None, 4, "float32")
+        show(llava, load_rgb(narrow), "What?", None, 4, "float32")

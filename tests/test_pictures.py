@@ -22,7 +22,6 @@ from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
 from tests import odd_pictures
 from tests.odd_pictures import exif_block, oriented, picture, rational_orientation, saved, with_exif
 from tests.server_pixels import ServerPixels
-from tests.tiny_checkpoints import write_checkpoint
 from vllm_hybrid import calibrating, pictures
 from vllm_hybrid.checkpoint import load_tower
 from vllm_hybrid.image_processor import load_image_processor
@@ -41,23 +40,12 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures") / "llava"
-    return write_checkpoint(folder, architecture="LlavaForConditionalGeneration")
-
-
-@pytest.fixture(scope="module")
-def server(checkpoint: Path) -> ServerPixels:
-    return ServerPixels(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def tower(checkpoint: Path) -> tuple[Any, Any]:
-    return load_tower(checkpoint)
+def tower(llava: Path) -> tuple[Any, Any]:
+    return load_tower(llava)
 
 
 def check_against_the_server(
-    files: Iterator[tuple[str, bytes]], folder: Path, server: ServerPixels, tower: tuple[Any, Any]
+    files: Iterator[tuple[str, bytes]], folder: Path, server_pixels: ServerPixels, tower: tuple[Any, Any]
 ) -> tuple[int, int]:
     """Every file: calibration and ``show`` see what the server sees, or all refuse it.
 
@@ -70,7 +58,7 @@ def check_against_the_server(
         file = folder / f"{number}.png"
         file.write_bytes(data)
         try:
-            expected = server.of_file(data)
+            expected = server_pixels.of_file(data)
         except Exception:
             with pytest.raises(ValueError, match=file.name):
                 calibrating._pixel_values(*tower, [file])
@@ -87,30 +75,30 @@ def check_against_the_server(
 
 @pytest.mark.filterwarnings("ignore")
 def test_modes_and_formats(
-    rng: np.random.Generator, tmp_path: Path, server: ServerPixels, tower: tuple[Any, Any]
+    rng: np.random.Generator, tmp_path: Path, server_pixels: ServerPixels, tower: tuple[Any, Any]
 ) -> None:
     files = dict(odd_pictures.in_every_mode(rng))
     assert {f"PNG {mode}" for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")} <= files.keys()
     assert {f"TIFF {mode}" for mode in ("CMYK", "LAB", "YCbCr", "F", "I")} <= files.keys()
-    assert check_against_the_server(iter(files.items()), tmp_path, server, tower)[0] > 20
+    assert check_against_the_server(iter(files.items()), tmp_path, server_pixels, tower)[0] > 20
     files = dict(odd_pictures.in_every_format(rng, ALLOWED_IMAGE_FORMATS))
     kinds = {name.partition(" ")[0] for name in files}
     assert {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"} <= kinds
-    read, _ = check_against_the_server(iter(files.items()), tmp_path, server, tower)
+    read, _ = check_against_the_server(iter(files.items()), tmp_path, server_pixels, tower)
     assert read > 0.8 * len(files)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_transparency_and_frames(
-    rng: np.random.Generator, tmp_path: Path, server: ServerPixels, tower: tuple[Any, Any]
+    rng: np.random.Generator, tmp_path: Path, server_pixels: ServerPixels, tower: tuple[Any, Any]
 ) -> None:
     files = [*odd_pictures.with_transparency(rng), *odd_pictures.moving(rng)]
-    assert check_against_the_server(iter(files), tmp_path, server, tower) == (len(files), 0)
+    assert check_against_the_server(iter(files), tmp_path, server_pixels, tower) == (len(files), 0)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_orientations(
-    rng: np.random.Generator, tmp_path: Path, server: ServerPixels, tower: tuple[Any, Any]
+    rng: np.random.Generator, tmp_path: Path, server_pixels: ServerPixels, tower: tuple[Any, Any]
 ) -> None:
     """Right ones, those of another type, those out of range, and blocks that are no EXIF data."""
     short = struct.pack("<H", 6)
@@ -132,7 +120,7 @@ def test_orientations(
     values: list[object] = [*range(10), 65535, (6, 6)]
     files = {f"{kind} {value}": oriented(rng, value, kind) for value in values for kind in ("JPEG", "PNG")}
     files |= {name: with_exif(rng, block) for name, block in blocks.items()}
-    assert check_against_the_server(iter(files.items()), tmp_path, server, tower) == (len(files), 0)
+    assert check_against_the_server(iter(files.items()), tmp_path, server_pixels, tower) == (len(files), 0)
     (tmp_path / "turned").write_bytes(oriented(rng, 6))
     with Image.open(tmp_path / "turned") as unturned:
         assert load_rgb(tmp_path / "turned").size == unturned.size[::-1]
@@ -140,23 +128,23 @@ def test_orientations(
 
 @pytest.mark.filterwarnings("ignore")
 def test_exif_data_that_pillow_cannot_handle(
-    rng: np.random.Generator, tmp_path: Path, server: ServerPixels, tower: tuple[Any, Any]
+    rng: np.random.Generator, tmp_path: Path, server_pixels: ServerPixels, tower: tuple[Any, Any]
 ) -> None:
     """The server then takes the picture as it lies in the file."""
     files = dict(odd_pictures.turning_fails(rng))
-    assert check_against_the_server(iter(files.items()), tmp_path, server, tower) == (len(files), 0)
+    assert check_against_the_server(iter(files.items()), tmp_path, server_pixels, tower) == (len(files), 0)
     for data in files.values():
         (tmp_path / "odd").write_bytes(data)
         loaded = load_rgb(tmp_path / "odd")
         with Image.open(tmp_path / "odd") as as_it_lies:
             assert np.array_equal(loaded, as_it_lies.convert("RGB"))
         # ``show`` asks its engine about what load_rgb gives.
-        assert torch.equal(server.of_picture(loaded), server.of_file(data))
+        assert torch.equal(server_pixels.of_picture(loaded), server_pixels.of_file(data))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_broken_files(
-    rng: np.random.Generator, tmp_path: Path, server: ServerPixels, tower: tuple[Any, Any]
+    rng: np.random.Generator, tmp_path: Path, server_pixels: ServerPixels, tower: tuple[Any, Any]
 ) -> None:
     whole = {
         kind: saved(picture(rng), kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF")
@@ -168,17 +156,17 @@ def test_broken_files(
         for place in rng.integers(20, len(data), 30):
             noise[place] = rng.integers(256)
         files.append((f"{name} noise", bytes(noise)))
-    read, refused = check_against_the_server(iter(files), tmp_path, server, tower)
+    read, refused = check_against_the_server(iter(files), tmp_path, server_pixels, tower)
     assert read + refused == len(files) and refused >= 3 + len(whole)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", odd_pictures.MODES)
-def test_pictures_in_memory(rng: np.random.Generator, mode: str, server: ServerPixels) -> None:
+def test_pictures_in_memory(rng: np.random.Generator, mode: str, server_pixels: ServerPixels) -> None:
     image = picture(rng, mode)
     rgb = to_rgb(image)
     assert rgb.mode == "RGB" and not rgb.info and not rgb.getexif()
-    assert torch.equal(server.of_picture(rgb), server.of_picture(image))
+    assert torch.equal(server_pixels.of_picture(rgb), server_pixels.of_picture(image))
 
 
 def test_transparent_parts_are_white(tmp_path: Path) -> None:
@@ -235,14 +223,14 @@ def with_processor(checkpoint: Path, target: Path, files: dict[str, dict[str, An
 
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_pixels_are_made_as_the_checkpoint_says(
-    rng: np.random.Generator, kind: str, checkpoint: Path, tmp_path: Path
+    rng: np.random.Generator, kind: str, llava: Path, tmp_path: Path
 ) -> None:
-    other = with_processor(checkpoint, tmp_path / "llava", PROCESSORS[kind])
-    server, tower = ServerPixels(other), load_tower(other)
+    other = with_processor(llava, tmp_path / "llava", PROCESSORS[kind])
+    served, tower = ServerPixels(other), load_tower(other)
     for number, (width, height) in enumerate([(90, 41), (41, 90), (336, 336), (500, 375)]):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         image.save(tmp_path / f"{number}.png")
-        expected = server.of_file((tmp_path / f"{number}.png").read_bytes())
+        expected = served.of_file((tmp_path / f"{number}.png").read_bytes())
         (calibrated,) = calibrating._pixel_values(*tower, [tmp_path / f"{number}.png"])
         assert torch.equal(calibrated, expected)
         drawn = np.asarray(as_the_tower_sees(other, image), np.float64).transpose(2, 0, 1) / 255
@@ -250,13 +238,13 @@ def test_pixels_are_made_as_the_checkpoint_says(
         assert np.abs((drawn - mean) / std - expected.numpy()).max() < 1e-4
 
 
-def test_padding_makes_other_pixels(rng: np.random.Generator, checkpoint: Path, tmp_path: Path) -> None:
+def test_padding_makes_other_pixels(rng: np.random.Generator, llava: Path, tmp_path: Path) -> None:
     """Else the test above would show little."""
-    padding = with_processor(checkpoint, tmp_path / "llava", PROCESSORS["padding"])
+    padding = with_processor(llava, tmp_path / "llava", PROCESSORS["padding"])
     image = Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8))
     first, second = (
         load_image_processor(folder, 336)(images=[image], return_tensors="pt")["pixel_values"]
-        for folder in (checkpoint, padding)
+        for folder in (llava, padding)
     )
     assert (first - second).abs().max() > 1
 
@@ -278,9 +266,9 @@ def test_padding_makes_other_pixels(rng: np.random.Generator, checkpoint: Path, 
     ],
 )
 def test_a_processor_that_cannot_serve_is_refused(
-    files: dict[str, dict[str, Any]], message: str, checkpoint: Path, tmp_path: Path
+    files: dict[str, dict[str, Any]], message: str, llava: Path, tmp_path: Path
 ) -> None:
-    other = with_processor(checkpoint, tmp_path / "llava", files)
+    other = with_processor(llava, tmp_path / "llava", files)
     with pytest.raises(ValueError, match=message) as refusal:
         load_tower(other)
     assert "\n" not in str(refusal.value)
@@ -454,7 +442,7 @@ def test_a_rare_picture_that_is_broken_is_no_other_file(rng: np.random.Generator
 
 
 def test_several_pictures_in_one_file(
-    rng: np.random.Generator, folder: Path, server: ServerPixels, tower: tuple[Any, Any]
+    rng: np.random.Generator, folder: Path, server_pixels: ServerPixels, tower: tuple[Any, Any]
 ) -> None:
     """Cameras write them with a suffix of their own."""
     picture(rng).save(folder / "c.mpo", format="MPO", save_all=True, append_images=[picture(rng)])
@@ -463,7 +451,7 @@ def test_several_pictures_in_one_file(
         files = readable_pictures(find_pictures(folder), PROCESSOR)
     assert names(files) == ["a.jpg", "c.mpo", "b.JFIF"]
     (calibrated,) = calibrating._pixel_values(*tower, [folder / "c.mpo"])
-    assert torch.equal(calibrated, server.of_file((folder / "c.mpo").read_bytes()))
+    assert torch.equal(calibrated, server_pixels.of_file((folder / "c.mpo").read_bytes()))
 
 
 def test_readable_files_stay_in_their_order(folder: Path) -> None:

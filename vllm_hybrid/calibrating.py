@@ -26,13 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import nn
 
-from .image_processor import check_size
 from .journal import Journal
 from .merging import PackedTokens
-from .pictures import load_rgb
+from .pictures import load_processable
 from .progress import Notice, Progress
 from .stable_batches import stable_batches
 from .tower import encode, executed_layers, run_tower
@@ -373,18 +371,8 @@ def _stamp(picture: _Picture) -> list[Any]:
     return [picture.name, status.st_size, status.st_mtime_ns]
 
 
-def _sized(path: str | Path, image_processor: Any) -> Image.Image:
-    """A picture that can be processed; raises ValueError where it is none."""
-    image = load_rgb(path)
-    try:
-        check_size(image.size, image_processor)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return image
-
-
 def _pixel_values(vision_model: nn.Module, image_processor: Any, paths: Sequence[str | Path]) -> torch.Tensor:
     """Pixel values [images, 3, height, width] on the model's device."""
-    images = [_sized(path, image_processor) for path in paths]
+    images = [load_processable(path, image_processor) for path in paths]
     device = next(vision_model.parameters()).device
     return image_processor(images=images, return_tensors="pt")["pixel_values"].to(device)

@@ -60,6 +60,21 @@ def load_rgb(path: str | Path) -> Image.Image:
         ) from error
 
 
+def load_processable(path: str | Path, image_processor: Any) -> Image.Image:
+    """A picture file as :func:`load_rgb` reads it, if an image processor can take its shape.
+
+    Raises:
+        ValueError: it cannot be read, or would grow beyond all memory; the cause says why.
+
+    """
+    image = load_rgb(path)
+    try:
+        check_size(image.size, image_processor)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture in memory as the server treats it; see :func:`load_rgb`.
 
@@ -184,9 +199,10 @@ def _unreadable(
 
 def _fault(image_processor: Any, file: Path) -> BaseException | None:
     try:
-        check_size(load_rgb(file).size, image_processor)
+        load_processable(file, image_processor)
     except ValueError as error:
-        return error.__cause__ or error
+        assert error.__cause__ is not None
+        return error.__cause__
     return None
 
 

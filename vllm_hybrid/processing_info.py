@@ -63,11 +63,12 @@ class CheckingProcessor(LlavaMultiModalProcessor):
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        images: Any = hf_data.get("images", ())
+        given: Any = hf_data.get("images", ())
+        images = ImageProcessorItems(given)
         processor: Any = self.info.get_hf_processor(**hf_kwargs)
         changes = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
-        for number in range(len(images)):
-            size = ImageProcessorItems(images).get_image_size(number)
+        for number in range(len(given)):
+            size = images.get_image_size(number)
             try:
                 check_size((size.width, size.height), processor.image_processor, changes)
             except ValueError as error:
