@@ -17,9 +17,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vllm_hybrid.calibrating import live_counts  # noqa: E402
-from vllm_hybrid.checkpoint import load_tower  # noqa: E402
-from vllm_hybrid.demo_model import LEVELS, write_scenes  # noqa: E402
+from vllm_hybrid.checkpoint.llava import load_tower  # noqa: E402
+from vllm_hybrid.demo.model import LEVELS, write_scenes  # noqa: E402
+from vllm_hybrid.tools.calibrate import live_counts  # noqa: E402
 
 # Scenes of a series that neither training nor calibration draws from.
 UNSEEN_SERIES = 5

@@ -17,9 +17,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from vllm_hybrid.calibrating import calibrate, live_counts
-from vllm_hybrid.demo_model import _write_processor
-from vllm_hybrid.demo_tokenizer import IMAGE_ID, write_tokenizer
+from vllm_hybrid.demo.model import _write_processor
+from vllm_hybrid.demo.tokenizer import IMAGE_ID, write_tokenizer
+from vllm_hybrid.tools.calibrate import calibrate, live_counts
 
 LIVE_TOKENS = 90
 FASTV_LAYER = 2

@@ -114,9 +114,9 @@ def memory_table(results: dict[str, dict[str, Any]]) -> str:
 def counts(checkpoint: Path, repeats: int) -> str:
     """One sentence on the live and kept tokens of the pictures of the prefill load, by a float32 tower."""
     from benchmarks.checkpoint import FASTV_RATIO, picture
-    from vllm_hybrid.calibrating import live_counts
-    from vllm_hybrid.checkpoint import load_tower
-    from vllm_hybrid.config import live_to_kept
+    from vllm_hybrid.checkpoint.llava import load_tower
+    from vllm_hybrid.method.fastv import live_to_kept
+    from vllm_hybrid.tools.calibrate import live_counts
 
     section = json.loads((checkpoint / "hybrid.json").read_text())
     files = []

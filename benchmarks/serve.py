@@ -30,8 +30,8 @@ def noise_section(checkpoint: Path) -> dict[str, Any]:
         from PIL import Image
 
         from benchmarks.checkpoint import FASTV_LAYER, FASTV_RATIO, LIVE_TOKENS
-        from vllm_hybrid.calibrating import calibrate
-        from vllm_hybrid.checkpoint import load_tower
+        from vllm_hybrid.checkpoint.llava import load_tower
+        from vllm_hybrid.tools.calibrate import calibrate
 
         draw = np.random.default_rng(0)
         pictures = []

@@ -24,9 +24,9 @@ from openai import APIConnectionError, OpenAI, OpenAIError
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_hybrid.demo_model import SHIPPED_SERIES
-from vllm_hybrid.demo_scenes import draw_scene
-from vllm_hybrid.pictures import load_rgb
+from vllm_hybrid.demo.model import SHIPPED_SERIES
+from vllm_hybrid.demo.scenes import draw_scene
+from vllm_hybrid.tools.pictures import load_rgb
 
 BASE_URL = os.environ.get("BASE_URL", "http://localhost:8000").rstrip("/").removesuffix("/v1")
 # Scenes that ship with the demo model, by number.

@@ -18,7 +18,7 @@ from torch import nn
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 
-from vllm_hybrid.decoder import make_stacks
+from vllm_hybrid.models.llama import make_stacks
 
 WIDTH = 64
 LAYERS = 5

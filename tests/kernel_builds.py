@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 
-from vllm_hybrid.pages import fact_words
-from vllm_hybrid.planning import RowPlan
-from vllm_hybrid.unmerging import TierBatch
+from vllm_hybrid.attention.interface import TierBatch
+from vllm_hybrid.kv.page_facts import fact_words
+from vllm_hybrid.method.row_plan import RowPlan
 
-KERNELS = Path(__file__).parents[1] / "vllm_hybrid" / "kernels"
+KERNELS = Path(__file__).parents[1] / "vllm_hybrid" / "attention" / "triton_kernels"
 ARCHITECTURES = (80, 90)
 DTYPES = (torch.bfloat16, torch.float16)
 PATCHES = 576
@@ -170,21 +170,21 @@ def _step(requests: int, tokens: int, keys: Any) -> TierBatch:
 
 def attend(heads: Heads, dtype: torch.dtype, requests: int, tokens: int) -> None:
     """Everything the attention layers of one step launch."""
-    from vllm_hybrid import gpu_attention
+    from vllm_hybrid.attention import gpu
 
     facts = torch.zeros(2, BLOCK_SIZE, fact_words(PATCHES), dtype=torch.int32)
     table = torch.zeros(requests, LONGEST // BLOCK_SIZE, dtype=torch.int32)
     lengths = torch.full((requests,), tokens, dtype=torch.int32)
-    keys = gpu_attention.walk_pages(facts, table, lengths, PATCHES, BLOCK_SIZE)
+    keys = gpu.walk_pages(facts, table, lengths, PATCHES, BLOCK_SIZE)
     batch = _step(requests, tokens, keys)
-    plan = gpu_attention.plan_attention(batch)
+    plan = gpu.plan_attention(batch)
     query = torch.zeros(requests * tokens, heads.heads, heads.head_size, dtype=dtype)
     pages = torch.zeros(2 * BLOCK_SIZE, heads.kv_heads, 2 * heads.head_size, dtype=dtype)
     angles = torch.zeros(LONGEST, heads.head_size)
     scale = heads.head_size**-0.5
-    gpu_attention.attend(query, pages, batch, plan, angles, scale, torch.empty_like(query))
+    gpu.attend(query, pages, batch, plan, angles, scale, torch.empty_like(query))
     if batch.ranked:
-        gpu_attention.attention_mass(query, pages, batch, plan, angles, scale)
+        gpu.attention_mass(query, pages, batch, plan, angles, scale)
 
 
 # Requests and rows of each: prompts, one prompt, and decodes with keys cut into many, some and one part.

@@ -24,25 +24,28 @@ from tests import kernel_memory  # noqa: E402
 from tests import test_unmerging as shared  # noqa: E402
 from tests.test_unmerging import PATCHES, World, seed  # noqa: E402, F401
 from tests.triton_interpreter import patch_once_a_launch  # noqa: E402
-from vllm_hybrid import gpu_attention, pages, planning, unmerging  # noqa: E402
-from vllm_hybrid.kernels import decode as decode_kernel  # noqa: E402
-from vllm_hybrid.kernels.decode import split_count  # noqa: E402
-from vllm_hybrid.kernels.lists import KeyLists, query_lists  # noqa: E402
-from vllm_hybrid.planning import RowPlan  # noqa: E402
-from vllm_hybrid.unmerging import TierBatch  # noqa: E402
+from vllm_hybrid.attention import gpu, interface  # noqa: E402
+from vllm_hybrid.attention import reference as oracle  # noqa: E402
+from vllm_hybrid.attention.interface import TierBatch  # noqa: E402
+from vllm_hybrid.attention.triton_kernels import decode as decode_kernel  # noqa: E402
+from vllm_hybrid.attention.triton_kernels.decode import split_count  # noqa: E402
+from vllm_hybrid.attention.triton_kernels.lists import KeyLists, query_lists  # noqa: E402
+from vllm_hybrid.kv import page_facts  # noqa: E402
+from vllm_hybrid.method import row_plan  # noqa: E402
+from vllm_hybrid.method.row_plan import RowPlan  # noqa: E402
 
 
 def _attend(query: Tensor, rows: Tensor, batch: TierBatch, angles: Tensor, scale: float, out: Tensor) -> None:
-    gpu_attention.attend(query, rows, batch, gpu_attention.plan_attention(batch), angles, scale, out)
+    gpu.attend(query, rows, batch, gpu.plan_attention(batch), angles, scale, out)
 
 
 def _mass(query: Tensor, rows: Tensor, batch: TierBatch, angles: Tensor, scale: float) -> Tensor:
-    plan = gpu_attention.plan_attention(batch)
-    return gpu_attention.attention_mass(query, rows, batch, plan, angles, scale)
+    plan = gpu.plan_attention(batch)
+    return gpu.attention_mass(query, rows, batch, plan, angles, scale)
 
 
 patch_once_a_launch()
-KERNELS: tuple[Any, Any, Any] = (gpu_attention.walk_pages, _attend, _mass)
+KERNELS: tuple[Any, Any, Any] = (gpu.walk_pages, _attend, _mass)
 
 SHAPES = shared.SHAPES | {"odd head": (4, 1, 80, 3), "groups of three": (3, 1, 32, 6)}
 
@@ -83,7 +86,7 @@ def world(request: pytest.FixtureRequest, seed: int) -> World:  # noqa: F811
 
 
 def test_live_rows(world: World) -> None:
-    shared.check_attention(world, planning.plan_live_rows(world.query_start[-1], world.images), KERNELS)
+    shared.check_attention(world, row_plan.plan_live_rows(world.query_start[-1], world.images), KERNELS)
 
 
 def test_kept_rows(world: World, seed: int) -> None:  # noqa: F811
@@ -103,20 +106,20 @@ def test_decodes_and_chunks(
 
 @pytest.mark.parametrize("upper", [False, True])
 def test_walks_agree(world: World, upper: bool) -> None:
-    plan = planning.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
     if upper:
         keep = (plan.image < 0) | (torch.rand(plan.rows.shape[0]) < 0.5)
         for image in range(len(world.images.counts)):
             keep[(plan.image == image).nonzero()[-1]] = True
-        plan = planning.plan_kept_rows(plan, world.images, keep, shared.kept_images(plan, keep))
+        plan = row_plan.plan_kept_rows(plan, world.images, keep, shared.kept_images(plan, keep))
     _, key, value = shared.random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value)
     lengths = torch.tensor(world.lengths)
-    wanted = planning.walk_pages(world.facts, world.table, lengths, PATCHES, world.step)
+    wanted = oracle.walk_pages(world.facts, world.table, lengths, PATCHES, world.step)
     # A padding request has no length, and whatever block table.
     table = torch.cat([world.table, world.table[:1]])
     lengths = torch.cat([lengths, lengths.new_zeros(1)]).int()
-    got = gpu_attention.walk_pages(world.facts, table, lengths, PATCHES, world.step)
+    got = gpu.walk_pages(world.facts, table, lengths, PATCHES, world.step)
     assert got.count[-1] == 0
     for request in range(len(world.lengths)):
         rows = slice(int(wanted.row_ptr[request]), int(wanted.row_ptr[request + 1]))
@@ -135,14 +138,14 @@ def test_walks_agree(world: World, upper: bool) -> None:
 
 
 def test_a_page_of_another_request_leaves_no_keys(world: World) -> None:
-    plan = planning.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
     _, key, value = shared.random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value)
     lengths = torch.tensor([world.lengths[1]] * 4)
-    got = gpu_attention.walk_pages(world.facts, world.table[[1, 0, 2, 3]], lengths, PATCHES, world.step)
+    got = gpu.walk_pages(world.facts, world.table[[1, 0, 2, 3]], lengths, PATCHES, world.step)
     assert got.count[1] == -1
     foreign = torch.tensor([True, False, True, True])
-    gpu_attention.mark_foreign(got, foreign)
+    gpu.mark_foreign(got, foreign)
     assert foreign.tolist() == (got.count < 0).tolist()
 
 
@@ -154,18 +157,18 @@ def test_walks_stay_inside_their_lists_whatever_pages_say(world: World) -> None:
     for own in world.table.long():
         # An image here or there, of a likely or an impossible number of live rows.
         image = torch.rand(position.shape) < 0.1
-        facts[own, :, pages.START] = torch.where(image, position + 1, 0).int()
+        facts[own, :, page_facts.START] = torch.where(image, position + 1, 0).int()
         likely = torch.randint(-1, PATCHES + 3, position.shape)
-        facts[own, :, pages.COUNT] = torch.where(torch.rand(position.shape) < 0.8, likely, 1 << 30).int()
+        facts[own, :, page_facts.COUNT] = torch.where(torch.rand(position.shape) < 0.8, likely, 1 << 30).int()
     lengths = torch.randint(1, world.table.shape[1] * block_size + 1, (len(world.lengths),)).int()
-    got = gpu_attention.walk_pages(facts, world.table, lengths, PATCHES, world.step)
+    got = gpu.walk_pages(facts, world.table, lengths, PATCHES, world.step)
     assert ((got.count >= -1) & (got.count <= lengths)).all()
 
 
 def test_a_captured_decode_writes_every_row(seed: int) -> None:  # noqa: F811
     """A graph captured for four requests is replayed for two: the rows that fill it up are answered too."""
     world = World(4, 2, 64, 8, lengths=[9, PATCHES + 7], image_starts=[[], [3]], live=[[], [11]])
-    plan = planning.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
     _, key, value = shared.random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value)
     requests, real = 4, 2
@@ -173,7 +176,7 @@ def test_a_captured_decode_writes_every_row(seed: int) -> None:  # noqa: F811
     lengths = torch.tensor([*world.lengths, 0, 0])
     table = torch.zeros(requests, world.table.shape[1], dtype=torch.int32)
     table[:real] = world.table
-    keys = gpu_attention.walk_pages(world.facts, table, lengths, PATCHES, world.step)
+    keys = gpu.walk_pages(world.facts, table, lengths, PATCHES, world.step)
     query = torch.randn(requests, 4, 64)
     out = torch.full_like(query, torch.nan)
     batch = TierBatch(
@@ -223,16 +226,16 @@ def test_splits_depend_on_shapes_alone() -> None:
 def test_bfloat16_pages(seed: int) -> None:  # noqa: F811
     for heads in [(4, 2, 64), (2, 2, 64)]:
         world = World(*heads, 8, [PATCHES + 12], [[4]], [[11]])
-        plan = planning.plan_live_rows(world.query_start[-1], world.images)
+        plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
         query, key, value = (x.bfloat16() for x in shared.random_rows(world, plan.rows.shape[0]))
         world.rows = world.rows.bfloat16()
         block, offset = world.slots(plan)
-        world.facts[block, offset] = planning.plan_facts(plan, world.images, world.positions)
-        turned = unmerging.rotate(key, world.angles[world.positions[plan.rows]]).bfloat16()
+        world.facts[block, offset] = page_facts.plan_facts(plan, world.images, world.positions)
+        turned = interface.rotate(key, world.angles[world.positions[plan.rows]]).bfloat16()
         stored = torch.where((plan.image >= 0)[:, None, None], key, turned)
         where = block * world.step + offset
-        unmerging.write_pages(stored, value, world.rows, where)
-        batch = world.batch(plan, where, gpu_attention.walk_pages, [])
+        oracle.write_pages(stored, value, world.rows, where)
+        batch = world.batch(plan, where, gpu.walk_pages, [])
         given = shared.turned_queries(world, plan, query).bfloat16()
         out = torch.empty_like(given)
         _attend(given, world.rows, batch, world.angles, world.scale, out)

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from tests.reference import keep_count
-from vllm_hybrid.scheduler import FOREIGN_PAGES, LIVE_COUNTS
+from vllm_hybrid.engine.scheduler import FOREIGN_PAGES, LIVE_COUNTS
 
 
 @dataclass

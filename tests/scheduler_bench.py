@@ -37,9 +37,9 @@ from tests.pretend_worker import PretendWorker
 from tests.reference import keep_count
 from tests.test_settings import PRUNES, configure
 from tests.tiny_checkpoints import PATCHES
-from vllm_hybrid import settings
-from vllm_hybrid.scheduler import LIVE_COUNTS
-from vllm_hybrid.tiers import SPEC_OF_TIER, Tier, tier_block_sizes
+from vllm_hybrid.engine.scheduler import LIVE_COUNTS
+from vllm_hybrid.kv.tiers import SPEC_OF_TIER, Tier, tier_block_sizes
+from vllm_hybrid.startup import settings
 
 LAYERS, PLACEHOLDER = 8, 7
 # Empty steps that are no waiting for ever: a step under way ends with the next one.

@@ -14,7 +14,7 @@ from benchmarks.accuracy.offline import Shown, at_random, fewer_after_the_choice
 from benchmarks.accuracy.questions import CUT, Asked, counts, difference, held_out, shares
 from benchmarks.accuracy.report import insert, plot, result, summary, table, tokens_per_layer
 from training.prompts import Prompts
-from vllm_hybrid.tower import LiveTokens
+from vllm_hybrid.method.clip_tower import LiveTokens
 
 
 def _asked(picture: int, task: str, answer: str) -> Asked:

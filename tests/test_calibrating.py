@@ -18,8 +18,8 @@ from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
 from tests.reference import Reference
 from tests.tiny_checkpoints import make_images, write_checkpoint
-from vllm_hybrid import calibrating
-from vllm_hybrid.calibrating import (
+from vllm_hybrid.tools import calibrate as calibrating
+from vllm_hybrid.tools.calibrate import (
     MOST_PASSES,
     TOLERANCE,
     batch_thresholds,
@@ -29,10 +29,10 @@ from vllm_hybrid.calibrating import (
     live_schedule,
     score_threshold,
 )
-from vllm_hybrid.journal import Journal
-from vllm_hybrid.pictures import load_rgb
-from vllm_hybrid.progress import Notice
-from vllm_hybrid.stable_batches import stable_batches
+from vllm_hybrid.tools.journal import Journal
+from vllm_hybrid.tools.pictures import load_rgb
+from vllm_hybrid.tools.progress import Notice
+from vllm_hybrid.tools.stable_batches import stable_batches
 
 PATCHES = 576
 

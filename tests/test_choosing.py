@@ -6,8 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from vllm_hybrid.choosing import choose
-from vllm_hybrid.config import live_to_kept
+from vllm_hybrid.method.fastv import choose, live_to_kept
 
 RATIOS = (0.0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 0.9, 0.99, 0.999)
 

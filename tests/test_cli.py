@@ -19,8 +19,8 @@ import vllm_hybrid
 from tests.conftest import Made
 from tests.tiny_checkpoints import write_checkpoint
 from vllm_hybrid import cli
-from vllm_hybrid.demo_pictures import write_pictures
-from vllm_hybrid.threshold_files import read_thresholds
+from vllm_hybrid.demo.pictures import write_pictures
+from vllm_hybrid.tools.thresholds import read_thresholds
 
 ROOT = Path(__file__).parent.parent
 

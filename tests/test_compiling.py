@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hybrid import compiling
+from vllm_hybrid.attention import cpu_build
 
 SOURCE = """
 #include <pybind11/pybind11.h>
@@ -21,7 +21,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("answer", [] { return 42; }); }
 BUILD = """
 import sys
 from pathlib import Path
-from vllm_hybrid.compiling import compile_extension
+from vllm_hybrid.attention.cpu_build import compile_extension
 print(compile_extension([Path(sys.argv[1])], "tiny_extension").answer())
 """
 
@@ -62,19 +62,19 @@ def test_builds_at_once_and_after_a_killed_builder(source: Path) -> None:
 def test_a_missing_compiler_is_one_sentence(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match="'no-such-compiler' was not found.*install g.. or set CXX"):
-        compiling.compile_extension([source], "tiny_extension")
+        cpu_build.compile_extension([source], "tiny_extension")
 
 
 def test_builds_that_differ_lie_apart(source: Path) -> None:
-    one = compiling._build_folder("x", [source], ["-O3"])
-    assert one == compiling._build_folder("x", [source], ["-O3"])
-    assert one != compiling._build_folder("x", [source], ["-O2"])
+    one = cpu_build._build_folder("x", [source], ["-O3"])
+    assert one == cpu_build._build_folder("x", [source], ["-O3"])
+    assert one != cpu_build._build_folder("x", [source], ["-O2"])
     source.with_name("tiny.h").write_text("")
-    two = compiling._build_folder("x", [source], ["-O3"])
+    two = cpu_build._build_folder("x", [source], ["-O3"])
     assert one != two
     source.write_text(SOURCE.replace("42", "43"))
-    assert two != compiling._build_folder("x", [source], ["-O3"])
+    assert two != cpu_build._build_folder("x", [source], ["-O3"])
     shutil.copy(source, source.with_name("other.cpp"))
-    assert compiling._build_folder("x", [source], []) != compiling._build_folder(
+    assert cpu_build._build_folder("x", [source], []) != cpu_build._build_folder(
         "x", [source.with_name("other.cpp")], []
     )

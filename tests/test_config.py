@@ -8,7 +8,8 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_hybrid.config import KNOWN_KEYS, HybridConfig, live_to_kept
+from vllm_hybrid.config import KNOWN_KEYS, HybridConfig
+from vllm_hybrid.method.fastv import live_to_kept
 
 VISION_LAYERS, DECODER_LAYERS = 3, 8
 LEVELS: dict[str, list[float | None]] = {"low": [0.7, 0.7, 0.7], "high": [0.9, None, 0.9]}

@@ -17,10 +17,9 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForCondi
 from benchmarks.calibration import UNSEEN_SERIES, rank_correlation, unseen_counts
 from training.tokenizer import sentences
 from training.tower_stage import HELD_OUT, TRAIN
-from vllm_hybrid.calibrating import live_counts
-from vllm_hybrid.checkpoint import load_config, load_tower, merging_layers
+from vllm_hybrid.checkpoint.llava import load_config, load_tower, merging_layers
 from vllm_hybrid.config import HybridConfig
-from vllm_hybrid.demo_model import (
+from vllm_hybrid.demo.model import (
     CALIBRATION_SERIES,
     LEVELS,
     SHIPPED_SCENES,
@@ -29,8 +28,9 @@ from vllm_hybrid.demo_model import (
     random_weights,
     write_demo_model,
 )
-from vllm_hybrid.demo_pictures import KINDS, pictures, write_pictures
-from vllm_hybrid.folders import complete_folder
+from vllm_hybrid.demo.pictures import KINDS, pictures, write_pictures
+from vllm_hybrid.tools.calibrate import live_counts
+from vllm_hybrid.tools.folders import complete_folder
 
 
 @pytest.fixture(scope="module")

@@ -155,8 +155,8 @@ def test_what_the_host_has_or_llava_does_without_is_not_carried() -> None:
     left = ("torch", "triton", "nvidia-cublas", "cuda-bindings", "numpy", "opentelemetry-sdk", "PyJWT")
     assert [name for name in left if bundle.carried(name)] == []
     assert all(bundle.carried(name) for name in ("msgspec", "Apache_TVM_FFI", "pydantic"))
-    assert not bundle.keeps("vllm-hybrid", "vllm_hybrid/embedded/model.safetensors")
-    assert bundle.keeps("vllm-hybrid", "vllm_hybrid/embedded/tokenizer.model")
+    assert not bundle.keeps("vllm-hybrid", "vllm_hybrid/demo/embedded/model.safetensors")
+    assert bundle.keeps("vllm-hybrid", "vllm_hybrid/demo/embedded/tokenizer.model")
     assert not bundle.keeps("vllm", "vllm/_flashmla_C.abi3.so", bundle.BINARIES)
     assert bundle.keeps("vllm", FLASH, bundle.BINARIES) and bundle.keeps("msgspec", "msgspec/_core.so")
     # What is left out of the wheels has to be in this project's files, or the rule is about nothing.

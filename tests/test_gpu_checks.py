@@ -42,7 +42,7 @@ from benchmarks.gpu.kernel_scenes import (
 )
 from benchmarks.gpu.results import Results
 from tests.engines import Served
-from vllm_hybrid import planning
+from vllm_hybrid.attention import reference as oracle
 
 REPO = Path(__file__).parents[1]
 SHAPE = SceneShape(requests=3, live=5, patches=24, text=9, heads=Heads(2, 1, 8), decodes=False)
@@ -65,7 +65,7 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("decodes", [False, True])
 def test_a_scene_has_every_virtual_key_once(decodes: bool) -> None:
     scene = make_scene(dataclasses.replace(SHAPE, decodes=decodes), seed=0)
-    keys = planning.walk_pages(scene.facts, scene.block_table, scene.seq_lens, 24, ROWS_PER_BLOCK)
+    keys = oracle.walk_pages(scene.facts, scene.block_table, scene.seq_lens, 24, ROWS_PER_BLOCK)
     for request in range(3):
         first, end = (int(keys.member_ptr[keys.row_ptr[request + i]]) for i in (0, 1))
         assert keys.member_pos[first:end].sort().values.tolist() == list(range(24 + 9 + decodes))
@@ -79,7 +79,7 @@ def test_a_scene_has_every_virtual_key_once(decodes: bool) -> None:
 
 def test_a_scene_of_kept_rows_has_their_patches_alone() -> None:
     scene = make_scene(dataclasses.replace(SHAPE, kept=2), seed=0)
-    keys = planning.walk_pages(scene.facts, scene.block_table, scene.seq_lens, 24, ROWS_PER_BLOCK)
+    keys = oracle.walk_pages(scene.facts, scene.block_table, scene.seq_lens, 24, ROWS_PER_BLOCK)
     assert keys.row_page.shape[0] == 3 * (2 + 9)
     assert keys.member_pos.shape[0] == int((scene.plan.row_of >= 0).sum()) < 3 * (24 + 9)
     assert "mass" not in reference_results(scene)

@@ -102,8 +102,8 @@ def test_causal_attention_counts_the_pairs_that_see_each_other() -> None:
 def test_kv_blocks_are_those_the_managers_hold(live: int | None, ratio: float, image_start: int) -> None:
     from vllm.v1.core.block_pool import BlockPool
 
-    from vllm_hybrid.config import live_to_kept
-    from vllm_hybrid.tiers import SPEC_OF_TIER, Tier, TierManager, tier_block_sizes
+    from vllm_hybrid.kv.tiers import SPEC_OF_TIER, Tier, TierManager, tier_block_sizes
+    from vllm_hybrid.method.fastv import live_to_kept
 
     reduction = Reduction(live, ratio)
     if not reduction.active:

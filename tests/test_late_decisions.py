@@ -10,8 +10,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from tests.engines import STOCK
 from tests.test_settings import MERGES, PRUNES, configure
-from vllm_hybrid import settings
-from vllm_hybrid.model import LlavaHybridForConditionalGeneration
+from vllm_hybrid.models.llava import LlavaHybridForConditionalGeneration
+from vllm_hybrid.startup import settings
 
 
 @pytest.mark.parametrize(

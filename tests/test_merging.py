@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_hybrid.merging import Layout, PackedTokens, live_rows, log_size_bias, merge, pad, unpad
+from vllm_hybrid.method.token_merging import (
+    Layout,
+    PackedTokens,
+    live_rows,
+    log_size_bias,
+    merge,
+    pad,
+    unpad,
+)
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from tests.engines import checkpoint, hybrid_section
-from vllm_hybrid.checkpoint import load_config
-from vllm_hybrid.metrics import PREFIX, HybridStatLogger
-from vllm_hybrid.scheduler import HoleReclaim
+from vllm_hybrid.checkpoint.llava import load_config
+from vllm_hybrid.engine.scheduler import HoleReclaim
+from vllm_hybrid.frontend.metrics import PREFIX, HybridStatLogger
 
 _names = itertools.count()
 

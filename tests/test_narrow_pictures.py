@@ -13,11 +13,11 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.odd_pictures import saved
 from tests.server_pixels import ServerPixels
-from vllm_hybrid import calibrating
-from vllm_hybrid.checkpoint import load_tower
-from vllm_hybrid.image_processor import check_size, most_pixels
-from vllm_hybrid.pictures import load_rgb, readable_pictures
-from vllm_hybrid.showing import as_the_tower_sees, show
+from vllm_hybrid.checkpoint.image_processor import check_size, most_pixels
+from vllm_hybrid.checkpoint.llava import load_tower
+from vllm_hybrid.tools import calibrate
+from vllm_hybrid.tools.pictures import load_rgb, readable_pictures
+from vllm_hybrid.tools.show import as_the_tower_sees, show
 
 NARROW = (1, 200_000)
 SAID = r"a picture of 1 x 200000 grows to .* pixels .* VLLM_MAX_IMAGE_PIXELS=178956970; give one"
@@ -91,7 +91,7 @@ def test_what_runs_without_a_server_refuses_it(llava: Path, narrow: Path) -> Non
     with pytest.raises(ValueError, match=rf"1 of 1 files cannot be read as pictures: .*narrow\.png \({SAID}"):
         readable_pictures([narrow], processor)
     with pytest.raises(ValueError, match=rf"narrow\.png: {SAID}"):
-        calibrating._pixel_values(tower, processor, [narrow])
+        calibrate._pixel_values(tower, processor, [narrow])
     with pytest.raises(ValueError, match=SAID):
         as_the_tower_sees(llava, load_rgb(narrow))
 
@@ -100,7 +100,7 @@ def test_show_refuses_it_before_an_engine_starts(
     llava: Path, narrow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = type("Config", (), {"hybrid": {"fastv_ratio": 0.5}})
-    monkeypatch.setattr("vllm_hybrid.showing.check_checkpoint", lambda _: section)
-    monkeypatch.setattr("vllm_hybrid.showing._in_own_process", lambda *_: pytest.fail("an engine starts"))
+    monkeypatch.setattr("vllm_hybrid.tools.show.check_checkpoint", lambda _: section)
+    monkeypatch.setattr("vllm_hybrid.tools.show._in_own_process", lambda *_: pytest.fail("an engine starts"))
     with pytest.raises(ValueError, match=SAID):
         show(llava, load_rgb(narrow), "What?", None, 4, "float32")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.engines import STOCK, checkpoint
 from tests.fresh_process import found_by
-from vllm_hybrid.checkpoint import ARCHITECTURE
+from vllm_hybrid.checkpoint.llava import ARCHITECTURE
 
 pytestmark = pytest.mark.engine
 START = """
@@ -71,7 +71,7 @@ def test_a_refused_architecture_says_why_even_past_its_settings(monkeypatch: pyt
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vllm_hybrid import refusal
+    from vllm_hybrid.startup import refusal
 
     monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
     monkeypatch.delitem(MODELS_CONFIG_MAP, ARCHITECTURE, raising=False)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_hybrid.config import KNOWN_KEYS
-from vllm_hybrid.overrides import differences, merged
+from vllm_hybrid.startup.overrides import differences, merged
 
 LEVELS = {"low": [0.7, 0.7, 0.7], "high": [0.9, None, 0.9]}
 STORED: dict[str, Any] = {

@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, distribution, entry_points,
 import pytest
 import torch
 
-from vllm_hybrid import refusal, registration, versions
+from vllm_hybrid import registration
+from vllm_hybrid.startup import refusal, versions
 
 on_cpu_build = pytest.mark.skipif(
     torch.version.cuda is not None, reason="only a CPU installation has gaps to close"
@@ -93,7 +94,7 @@ def test_a_cpu_installation_answers_to_the_name_vllm_with_metadata_alone() -> No
 def test_vllm_finds_the_stat_logger() -> None:
     from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
-    from vllm_hybrid.metrics import HybridStatLogger
+    from vllm_hybrid.frontend.metrics import HybridStatLogger
 
     assert HybridStatLogger in load_stat_logger_plugin_factories()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_hybrid.attention import HybridImpl, HybridMetadata
-from vllm_hybrid.step import TierPages
+from vllm_hybrid.attention.backend import HybridImpl, HybridMetadata
+from vllm_hybrid.models.step import TierPages
 
 PATCHES = 576
 HEADS, BLOCK, WIDTH = 2, 16, 8

@@ -22,12 +22,12 @@ from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
 from tests import odd_pictures
 from tests.odd_pictures import exif_block, oriented, picture, rational_orientation, saved, with_exif
 from tests.server_pixels import ServerPixels
-from vllm_hybrid import calibrating, pictures
-from vllm_hybrid.checkpoint import load_tower
-from vllm_hybrid.image_processor import load_image_processor
-from vllm_hybrid.pictures import find_pictures, load_rgb, picture_suffixes, readable_pictures, to_rgb
-from vllm_hybrid.progress import Notice
-from vllm_hybrid.showing import as_the_tower_sees
+from vllm_hybrid.checkpoint.image_processor import load_image_processor
+from vllm_hybrid.checkpoint.llava import load_tower
+from vllm_hybrid.tools import calibrate, pictures
+from vllm_hybrid.tools.pictures import find_pictures, load_rgb, picture_suffixes, readable_pictures, to_rgb
+from vllm_hybrid.tools.progress import Notice
+from vllm_hybrid.tools.show import as_the_tower_sees
 
 PROCESSOR = CLIPImageProcessor()
 
@@ -61,10 +61,10 @@ def check_against_the_server(
             expected = server_pixels.of_file(data)
         except Exception:
             with pytest.raises(ValueError, match=file.name):
-                calibrating._pixel_values(*tower, [file])
+                calibrate._pixel_values(*tower, [file])
             refused += 1
             continue
-        (calibrated,) = calibrating._pixel_values(*tower, [file])
+        (calibrated,) = calibrate._pixel_values(*tower, [file])
         assert torch.equal(calibrated, expected), name
         read += 1
     return read, refused
@@ -231,7 +231,7 @@ def test_pixels_are_made_as_the_checkpoint_says(
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         image.save(tmp_path / f"{number}.png")
         expected = served.of_file((tmp_path / f"{number}.png").read_bytes())
-        (calibrated,) = calibrating._pixel_values(*tower, [tmp_path / f"{number}.png"])
+        (calibrated,) = calibrate._pixel_values(*tower, [tmp_path / f"{number}.png"])
         assert torch.equal(calibrated, expected)
         drawn = np.asarray(as_the_tower_sees(other, image), np.float64).transpose(2, 0, 1) / 255
         mean, std = (np.reshape(getattr(tower[1], name), (3, 1, 1)) for name in ("image_mean", "image_std"))
@@ -450,7 +450,7 @@ def test_several_pictures_in_one_file(
         warnings.simplefilter("error")
         files = readable_pictures(find_pictures(folder), PROCESSOR)
     assert names(files) == ["a.jpg", "c.mpo", "b.JFIF"]
-    (calibrated,) = calibrating._pixel_values(*tower, [folder / "c.mpo"])
+    (calibrated,) = calibrate._pixel_values(*tower, [folder / "c.mpo"])
     assert torch.equal(calibrated, server_pixels.of_file((folder / "c.mpo").read_bytes()))
 
 

@@ -24,7 +24,7 @@ known = set(sys.modules)
 for name in ours:
     importlib.import_module(name)
 os.environ["VLLM_HYBRID_ATTENTION"] = attention
-from vllm_hybrid.attention import implementation
+from vllm_hybrid.attention.backend import implementation
 implementation()
 after = (torch.cuda.Event, torch.cuda.Stream, torch.cuda.current_stream, torch.Tensor.record_stream,
          torch.Tensor.pin_memory, torch.accelerator.synchronize)
@@ -35,7 +35,12 @@ STOCK = {
     "cuda": [*SHARED, "vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner"],
     "cpu": [*SHARED, "vllm.v1.worker.cpu_worker"],
 }
-LIBRARY = ["vllm_hybrid_plugin", "vllm_hybrid.registration", "vllm_hybrid.model", "vllm_hybrid.scheduler"]
+LIBRARY = [
+    "vllm_hybrid_plugin",
+    "vllm_hybrid.registration",
+    "vllm_hybrid.models.llava",
+    "vllm_hybrid.engine.scheduler",
+]
 
 
 def loaded(platform: str, worker: str, attention: str) -> tuple[list[str], list[bool]]:
@@ -52,8 +57,8 @@ def parts(modules: list[str], package: str) -> list[str]:
 
 @pytest.mark.engine
 def test_a_cuda_process_loads_nothing_for_cpus() -> None:
-    modules, same = loaded("cuda", "vllm_hybrid.cuda_worker", "triton")
-    assert "cuda_worker" in parts(modules, "vllm_hybrid") and "gpu_attention" in parts(modules, "vllm_hybrid")
+    modules, same = loaded("cuda", "vllm_hybrid.engine.cuda_worker", "triton")
+    assert "cuda_worker" in parts(modules, "vllm_hybrid") and "gpu" in parts(modules, "vllm_hybrid")
     assert not [name for name in parts(modules, "vllm") if name.startswith("cpu_")]
     assert not {"cpu_worker", "cpu_dense"} & set(parts(modules, "vllm_hybrid"))
     assert all(same), "importing the library changed torch's CUDA functions"
@@ -61,9 +66,9 @@ def test_a_cuda_process_loads_nothing_for_cpus() -> None:
 
 @pytest.mark.engine
 def test_a_cpu_process_loads_nothing_for_cuda() -> None:
-    modules, _ = loaded("cpu", "vllm_hybrid.cpu_worker", "cpu")
-    assert {"cpu_worker", "cpu_attention", "cpu_dense"} <= set(parts(modules, "vllm_hybrid"))
-    assert not {"cuda_worker", "gpu_attention", "kernels"} & set(parts(modules, "vllm_hybrid"))
+    modules, _ = loaded("cpu", "vllm_hybrid.engine.cpu_worker", "cpu")
+    assert {"cpu_worker", "cpu", "cpu_dense"} <= set(parts(modules, "vllm_hybrid"))
+    assert not {"cuda_worker", "gpu", "triton_kernels"} & set(parts(modules, "vllm_hybrid"))
     assert not [name for name in modules if name.startswith(("triton", "vllm.v1.worker.gpu."))]
 
 
@@ -74,11 +79,11 @@ def test_the_settings_name_the_platform_s_worker(
     from types import SimpleNamespace
 
     from tests.test_settings import configure
-    from vllm_hybrid import settings
     from vllm_hybrid.config import HybridConfig
+    from vllm_hybrid.startup import settings
 
     configuration = configure({"fastv_ratio": 0.5})
     platforms = SimpleNamespace(is_cuda=lambda: platform == "cuda")
     monkeypatch.setattr(settings, "current_platform", platforms)
     settings._complete(configuration, HybridConfig())
-    assert configuration.parallel_config.worker_cls.split(".")[:2] == ["vllm_hybrid", module]
+    assert configuration.parallel_config.worker_cls.split(".")[:3] == ["vllm_hybrid", "engine", module]

@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from tests.tiny_checkpoints import write_checkpoint
-from vllm_hybrid import preparing
-from vllm_hybrid.calibrating import live_counts
-from vllm_hybrid.checkpoint import load_config, load_tower, merging_layers
-from vllm_hybrid.demo_model import EMBEDDED
-from vllm_hybrid.demo_pictures import write_pictures
-from vllm_hybrid.preparing import calibrate_checkpoint, find_pictures, prepare
-from vllm_hybrid.progress import Notice
-from vllm_hybrid.threshold_files import read_thresholds, write_thresholds
-from vllm_hybrid.weights import expected_shapes, stored_tensors, weight_files
+from vllm_hybrid.checkpoint.llava import load_config, load_tower, merging_layers
+from vllm_hybrid.checkpoint.weights import expected_shapes, stored_tensors, weight_files
+from vllm_hybrid.demo.model import EMBEDDED
+from vllm_hybrid.demo.pictures import write_pictures
+from vllm_hybrid.tools import prepare as preparing
+from vllm_hybrid.tools.calibrate import live_counts
+from vllm_hybrid.tools.prepare import calibrate_checkpoint, find_pictures, prepare
+from vllm_hybrid.tools.progress import Notice
+from vllm_hybrid.tools.thresholds import read_thresholds, write_thresholds
 
 # The tiny tower has 4 layers, of which 3 run.
 VALUES = [0.9, 0.8, 0.7]

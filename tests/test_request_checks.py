@@ -29,8 +29,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from tests.engines import STOCK
 from tests.test_settings import PRUNES, configure
 from tests.tiny_checkpoints import make_images
-from vllm_hybrid import beam_steps, request_checks
-from vllm_hybrid.request_checks import ImageInput
+from vllm_hybrid.frontend import beam_steps, request_checks
+from vllm_hybrid.frontend.request_checks import ImageInput
 
 # Not LLaVA's sizes: nothing may be taken for granted.
 IMAGE = ImageInput(patches=49, side=98, hidden=32, dtype=torch.float16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_hybrid.row_shapes import by_blocks, filled_up, rounded_rows
+from vllm_hybrid.models.row_padding import by_blocks, filled_up, rounded_rows
 
 
 def test_rounding_adds_less_than_an_eighth_and_leaves_few_numbers() -> None:

@@ -29,7 +29,7 @@ from tests.engines import (
 from tests.server import Server
 from tests.tiny_checkpoints import PATCHES, prompt
 from vllm_hybrid import cli
-from vllm_hybrid.config import live_to_kept
+from vllm_hybrid.method.fastv import live_to_kept
 
 QUESTION = "What is in the image?"
 

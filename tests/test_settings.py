@@ -21,8 +21,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.engines import STOCK, checkpoint
 from tests.tiny_checkpoints import write_checkpoint
-from vllm_hybrid import overrides, settings
-from vllm_hybrid.settings import (
+from vllm_hybrid.startup import overrides, settings
+from vllm_hybrid.startup.settings import (
     DEFAULT_BLOCK_SIZE,
     FLASHINFER_SAMPLER,
     HybridSettings,
@@ -137,7 +137,7 @@ def test_every_start_on_cuda_looks_for_flashinfer(without_flashinfer: pytest.Mon
     """Also with nothing switched on."""
     given = configure(None)
     cuda = SimpleNamespace(is_cuda=lambda: True)
-    without_flashinfer.setattr("vllm_hybrid.settings.current_platform", cuda)
+    without_flashinfer.setattr("vllm_hybrid.startup.settings.current_platform", cuda)
     HybridSettings.verify_and_update_config(given)
     assert os.environ[FLASHINFER_SAMPLER] == "0"
 

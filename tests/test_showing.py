@@ -11,8 +11,9 @@ from PIL import Image
 
 from tests.reference import Reference
 from tests.tiny_checkpoints import decided_images, make_images, pick_thresholds, prompt, write_checkpoint
-from vllm_hybrid import cli, showing
-from vllm_hybrid.regions import SCALE, kept_regions, merged_regions, side_by_side
+from vllm_hybrid import cli
+from vllm_hybrid.tools import show
+from vllm_hybrid.tools.regions import SCALE, kept_regions, merged_regions, side_by_side
 
 SIDE, PATCH = 24, 14
 QUESTION = "What is in the image?"
@@ -84,12 +85,12 @@ def test_show_draws_what_the_engine_chose(tmp_path: Path, monkeypatch: pytest.Mo
     picture.save(tmp_path / "picture.png")
     drawn = {}
 
-    def keep(picture: Image.Image, question: str, reduced: showing.Seen, full: showing.Seen) -> Image.Image:
+    def keep(picture: Image.Image, question: str, reduced: show.Seen, full: show.Seen) -> Image.Image:
         drawn.update(reduced=reduced, full=full)
         return draw(picture, question, reduced, full)
 
-    draw = showing.draw
-    monkeypatch.setattr(showing, "draw", keep)
+    draw = show.draw
+    monkeypatch.setattr(show, "draw", keep)
     out = tmp_path / "sheet.png"
     arguments = [
         checkpoint,

@@ -7,7 +7,7 @@ import string
 
 import pytest
 
-from vllm_hybrid.stable_batches import stable_batches
+from vllm_hybrid.tools.stable_batches import stable_batches
 
 
 @pytest.fixture

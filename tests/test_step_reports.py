@@ -9,8 +9,8 @@ import pytest
 import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_hybrid.scheduler import FOREIGN_PAGES, LIVE_COUNTS
-from vllm_hybrid.worker import ForeignPages, ReportedOutput, StepReport, StepReports
+from vllm_hybrid.engine.scheduler import FOREIGN_PAGES, LIVE_COUNTS
+from vllm_hybrid.engine.worker import ForeignPages, ReportedOutput, StepReport, StepReports
 
 IDS = ["first", "second", "third"]
 

@@ -14,8 +14,8 @@ from transformers import LlavaForConditionalGeneration
 
 from tests.reference import Reference
 from tests.tiny_checkpoints import decided_images, make_images, pick_thresholds, write_checkpoint
-from vllm_hybrid.merging import PackedTokens
-from vllm_hybrid.tower import LiveTokens, encode, executed_layers, run_tower
+from vllm_hybrid.method.clip_tower import LiveTokens, encode, executed_layers, run_tower
+from vllm_hybrid.method.token_merging import PackedTokens
 
 
 @pytest.fixture(scope="module")

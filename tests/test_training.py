@@ -28,8 +28,8 @@ from training.run import Run
 from training.state import StateFolder
 from training.team import Team
 from training.tower_stage import TowerLesson
-from vllm_hybrid.demo_model import config, random_weights
-from vllm_hybrid.demo_scenes import COLOURS, KINDS, Scene, Thing, draw_scene
+from vllm_hybrid.demo.model import config, random_weights
+from vllm_hybrid.demo.scenes import COLOURS, KINDS, Scene, Thing, draw_scene
 
 
 @pytest.fixture(scope="module", autouse=True)

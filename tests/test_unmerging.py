@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from tests import reference
-from vllm_hybrid import cpu_attention, pages, planning, unmerging
-from vllm_hybrid.planning import RowPlan, StepImages
-from vllm_hybrid.unmerging import TierBatch
+from vllm_hybrid.attention import cpu, interface
+from vllm_hybrid.attention import reference as oracle
+from vllm_hybrid.attention.interface import TierBatch
+from vllm_hybrid.kv import page_facts
+from vllm_hybrid.method import row_plan
+from vllm_hybrid.method.row_plan import RowPlan, StepImages
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 THETA = 10_000.0
@@ -25,13 +28,13 @@ Attend = Callable[..., None]
 def _attend_cpu(
     query: Tensor, rows: Tensor, batch: TierBatch, angles: Tensor, scale: float, out: Tensor
 ) -> None:
-    plan = cpu_attention.plan_attention(batch)
-    cpu_attention.attend(query, rows, batch, plan, angles, scale, out)
+    plan = cpu.plan_attention(batch)
+    cpu.attend(query, rows, batch, plan, angles, scale, out)
 
 
 IMPLEMENTATIONS: dict[str, tuple[Any, Attend, Any]] = {
-    "reference": (planning.walk_pages, unmerging.attend, unmerging.attention_mass),
-    "cpu": (cpu_attention.walk_pages, _attend_cpu, cpu_attention.attention_mass),
+    "reference": (oracle.walk_pages, oracle.attend, oracle.attention_mass),
+    "cpu": (cpu.walk_pages, _attend_cpu, cpu.attention_mass),
 }
 
 
@@ -74,10 +77,10 @@ class World:
         for request, mine in enumerate(names.split(blocks)):
             self.table[request, : len(mine)] = mine.int()
         # Whatever was there before: stale facts and values must never be read.
-        shape = (total, self.block_size, pages.fact_words(PATCHES))
+        shape = (total, self.block_size, page_facts.fact_words(PATCHES))
         self.facts = torch.randint(1, 90, shape, dtype=torch.int32)
         raw = torch.full((total, 3, self.block_size, self.kv_heads, 2 * self.head_size), 1e9)
-        self.rows, self.step = unmerging.page_rows(raw[:, 1].permute(0, 2, 1, 3))
+        self.rows, self.step = interface.page_rows(raw[:, 1].permute(0, 2, 1, 3))
         firsts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
         self.query_start = firsts
         self.positions = torch.cat([torch.arange(n) for n in self.lengths])
@@ -89,7 +92,7 @@ class World:
             torch.stack(owner) if owner else torch.empty(0, PATCHES, dtype=torch.int64),
         )
         inverse = THETA ** -(torch.arange(0, self.head_size, 2) / self.head_size)
-        self.angles = unmerging.rotation_angles(inverse, max(self.lengths))
+        self.angles = interface.rotation_angles(inverse, max(self.lengths))
         self.scale = self.head_size**-0.5
 
     def members(self, plan: RowPlan, request: int) -> tuple[list[int], list[list[int]]]:
@@ -110,11 +113,11 @@ class World:
     def store(self, plan: RowPlan, key: Tensor, value: Tensor) -> Tensor:
         """Write facts, and keys rotated as the server stores them; returns the page rows."""
         block, offset = self.slots(plan)
-        self.facts[block, offset] = planning.plan_facts(plan, self.images, self.positions)
+        self.facts[block, offset] = page_facts.plan_facts(plan, self.images, self.positions)
         where = block * self.step + offset
-        turned = unmerging.rotate(key, self.angles[self.positions[plan.rows]])
+        turned = interface.rotate(key, self.angles[self.positions[plan.rows]])
         stored = torch.where((plan.image >= 0)[:, None, None], key, turned)
-        cpu_attention.write_pages(stored, value, self.rows, where)
+        cpu.write_pages(stored, value, self.rows, where)
         return where
 
     def batch(self, plan: RowPlan, where: Tensor, walk: Any, ranked: list[int]) -> TierBatch:
@@ -155,7 +158,7 @@ def random_rows(world: World, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def turned_queries(world: World, plan: RowPlan, query: Tensor) -> Tensor:
-    turned = unmerging.rotate(query, world.angles[world.positions[plan.rows]])
+    turned = interface.rotate(query, world.angles[world.positions[plan.rows]])
     return torch.where((plan.image >= 0)[:, None, None], query, turned)
 
 
@@ -190,27 +193,27 @@ def check_attention(world: World, plan: RowPlan, implementation: tuple[Any, Atte
 def test_live_rows_attend_like_the_definition(
     world: World, implementation: tuple[Any, Attend, Any], seed: int
 ) -> None:
-    check_attention(world, planning.plan_live_rows(world.query_start[-1], world.images), implementation)
+    check_attention(world, row_plan.plan_live_rows(world.query_start[-1], world.images), implementation)
 
 
 def test_kept_rows_attend_like_the_definition(
     world: World, implementation: tuple[Any, Attend, Any], seed: int
 ) -> None:
-    lower = planning.plan_live_rows(world.query_start[-1], world.images)
+    lower = row_plan.plan_live_rows(world.query_start[-1], world.images)
     keep = (lower.image < 0) | (torch.rand(lower.rows.shape[0]) < 0.5)
     for image in range(world.images.first_row.shape[0]):
         keep[(lower.image == image).nonzero()[0]] |= not keep[lower.image == image].any()
     # The row that answers for a prompt's end always stays.
     keep[lower.row_of[torch.tensor(world.query_start[1:]) - 1]] = True
     check_attention(
-        world, planning.plan_kept_rows(lower, world.images, keep, kept_images(lower, keep)), implementation
+        world, row_plan.plan_kept_rows(lower, world.images, keep, kept_images(lower, keep)), implementation
     )
 
 
 def test_kept_rows_move_up_in_their_old_order(world: World, seed: int) -> None:
-    lower = planning.plan_live_rows(world.query_start[-1], world.images)
+    lower = row_plan.plan_live_rows(world.query_start[-1], world.images)
     keep = (lower.image < 0) | (torch.rand(lower.rows.shape[0]) < 0.6)
-    upper = planning.plan_kept_rows(lower, world.images, keep, kept_images(lower, keep))
+    upper = row_plan.plan_kept_rows(lower, world.images, keep, kept_images(lower, keep))
     assert torch.equal(upper.rows, lower.rows[keep])
     for image, first in enumerate(world.images.first_row.tolist()):
         mine = upper.image == image
@@ -225,7 +228,7 @@ def test_decode_and_chunks_read_what_earlier_steps_stored(
     world: World, implementation: tuple[Any, Attend, Any], seed: int
 ) -> None:
     walk, attend, _ = implementation
-    plan = planning.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
     query, key, value = random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value)
     # The last positions of each request once more, as a later step would bring them: a chunk of text for
@@ -243,7 +246,7 @@ def test_decode_and_chunks_read_what_earlier_steps_stored(
     keys = walk(world.facts, world.table[chosen], torch.tensor(world.lengths)[chosen], PATCHES, world.step)
     query_ptr = torch.tensor(starts, dtype=torch.int32)
     batch = TierBatch(step, world.positions[virtual], starts, query_ptr, rows, keys, [])
-    given = unmerging.rotate(query[plan.row_of[virtual]], world.angles[world.positions[virtual]])
+    given = interface.rotate(query[plan.row_of[virtual]], world.angles[world.positions[virtual]])
     out = torch.full_like(given, torch.nan)
     attend(given, world.rows, batch, world.angles, world.scale, out)
     for number, request in enumerate(chosen):
@@ -254,20 +257,20 @@ def test_decode_and_chunks_read_what_earlier_steps_stored(
 
 
 def test_walks_agree_and_jump_over_holes(world: World, seed: int) -> None:
-    plan = planning.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
     _, key, value = random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value)
     lengths = torch.tensor(world.lengths)
-    slow = planning.walk_pages(world.facts, world.table, lengths, PATCHES, world.step)
-    fast = cpu_attention.walk_pages(world.facts, world.table, lengths, PATCHES, world.step)
+    slow = oracle.walk_pages(world.facts, world.table, lengths, PATCHES, world.step)
+    fast = cpu.walk_pages(world.facts, world.table, lengths, PATCHES, world.step)
     for name, wanted in vars(slow).items():
         assert torch.equal(getattr(fast, name), wanted), name
     assert slow.member_pos.shape[0] == sum(world.lengths)
 
 
-@pytest.mark.parametrize("walk", [planning.walk_pages, cpu_attention.walk_pages])
+@pytest.mark.parametrize("walk", [oracle.walk_pages, cpu.walk_pages])
 def test_a_page_of_another_request_is_an_error(world: World, walk: Any, seed: int) -> None:
-    plan = planning.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
     _, key, value = random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value)
     swapped = world.table[[1, 0, 2, 3]]
@@ -284,17 +287,17 @@ def test_bfloat16_stays_within_its_rounding(
     """Whole prompts, and chunks of text behind what an earlier step stored, on every kernel there is."""
     lengths = [PATCHES + text, 2 * PATCHES + 2 * text]
     world = World(*heads, 8, lengths, [[2], [0, PATCHES]], [[11], [PATCHES, 1]])
-    plan = planning.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
     query, key, value = (x.bfloat16() for x in random_rows(world, plan.rows.shape[0]))
     world.rows = world.rows.bfloat16()
     block, offset = world.slots(plan)
-    world.facts[block, offset] = planning.plan_facts(plan, world.images, world.positions)
-    turned = unmerging.rotate(key, world.angles[world.positions[plan.rows]]).bfloat16()
+    world.facts[block, offset] = page_facts.plan_facts(plan, world.images, world.positions)
+    turned = interface.rotate(key, world.angles[world.positions[plan.rows]]).bfloat16()
     stored = torch.where((plan.image >= 0)[:, None, None], key, turned)
     where = block * world.step + offset
-    cpu_attention.write_pages(stored, value, world.rows, where)
+    cpu.write_pages(stored, value, world.rows, where)
     given = turned_queries(world, plan, query).bfloat16()
-    batch = world.batch(plan, where, cpu_attention.walk_pages, [])
+    batch = world.batch(plan, where, cpu.walk_pages, [])
     asked = torch.arange(plan.rows.shape[0])
     if later:
         ends = world.query_start[1:]
@@ -325,13 +328,11 @@ def test_bfloat16_decodes_and_masses_equal_those_of_the_same_numbers_in_float32(
 ) -> None:
     lengths, starts = [PATCHES + 90, 2 * PATCHES + 7, 30], [[2], [0, PATCHES + 3], []]
     world = World(*heads, 8, lengths[:requests], starts[:requests], [[11], [PATCHES, 1], []][:requests])
-    plan = planning.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
     query, key, value = random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value)
     world.rows = world.rows.bfloat16()
-    keys = cpu_attention.walk_pages(
-        world.facts, world.table, torch.tensor(world.lengths), PATCHES, world.step
-    )
+    keys = cpu.walk_pages(world.facts, world.table, torch.tensor(world.lengths), PATCHES, world.step)
     last = torch.tensor(world.query_start[1:]) - 1
     order = torch.arange(requests)
     step = RowPlan(order, order, order, torch.full_like(order, -1))
@@ -339,13 +340,13 @@ def test_bfloat16_decodes_and_masses_equal_those_of_the_same_numbers_in_float32(
     batch = TierBatch(
         step, world.positions[last], starts_of, torch.tensor(starts_of).int(), order, keys, order.tolist()
     )
-    given = unmerging.rotate(query[plan.row_of[last]], world.angles[world.positions[last]]).bfloat16()
+    given = interface.rotate(query[plan.row_of[last]], world.angles[world.positions[last]]).bfloat16()
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         rows, out = world.rows.to(dtype), torch.full_like(given, torch.nan, dtype=dtype)
         _attend_cpu(given.to(dtype), rows, batch, world.angles, world.scale, out)
         everyone = torch.zeros(keys.row_page.shape[0])
-        cpu_attention._decode(
+        cpu._decode(
             given.to(dtype), order, order, rows, keys, world.angles, world.scale, out.clone(), everyone
         )
         found.append((out.float(), everyone))
@@ -360,8 +361,8 @@ def test_proportional_attention_weighs_keys_by_their_sizes(head_size: int, seed:
     query, key, value = (torch.randn(3, int(lengths.sum()), 5, head_size) / 2).bfloat16()
     size = torch.randint(1, 400, (int(lengths.sum()),)).float()
     scale = head_size**-0.5
-    got = cpu_attention.proportional_attention(query, key, value, lengths, size.log(), scale)
-    if not cpu_attention.extension().bf16_serves(head_size):
+    got = cpu.proportional_attention(query, key, value, lengths, size.log(), scale)
+    if not cpu.extension().bf16_serves(head_size):
         assert got is None
         return
     for image in torch.arange(int(lengths.sum())).split(lengths.tolist()):
@@ -374,7 +375,7 @@ def test_proportional_attention_weighs_keys_by_their_sizes(head_size: int, seed:
 @pytest.mark.parametrize("rise", [-9.0, 0.0, 0.25, 9.0])
 def test_scores_may_rise_and_fall_by_any_amount_along_a_sequence(rise: float, seed: int) -> None:
     """Scores that bf16 holds exactly, so that only weights and values are rounded."""
-    if not cpu_attention.extension().bf16_serves(64):
+    if not cpu.extension().bf16_serves(64):
         pytest.skip("this CPU has no bf16 kernel")
     lengths = torch.tensor([700, 129, 33])
     tokens = int(lengths.sum())
@@ -383,7 +384,7 @@ def test_scores_may_rise_and_fall_by_any_amount_along_a_sequence(rise: float, se
     key[:, :, 5] = (rise * (torch.arange(tokens) // 8 * 8) + torch.randint(0, 6, (tokens,)))[:, None]
     query, key, value = (x.bfloat16() for x in (query, key, torch.randn(tokens, 2, 64)))
     log_size = torch.randint(1, 500, (tokens,)).log()
-    got = cpu_attention.proportional_attention(query, key, value, lengths, log_size, 1.0)
+    got = cpu.proportional_attention(query, key, value, lengths, log_size, 1.0)
     assert got is not None
     for image in torch.arange(tokens).split(lengths.tolist()):
         q, k, v = (x[image].double() for x in (query, key, value))
@@ -394,4 +395,4 @@ def test_scores_may_rise_and_fall_by_any_amount_along_a_sequence(rise: float, se
 
 def test_layouts_other_than_slots_with_their_heads_together_are_refused() -> None:
     with pytest.raises(ValueError, match="BLNHC"):
-        unmerging.page_rows(torch.empty(4, 2, 8, 64))
+        interface.page_rows(torch.empty(4, 2, 8, 64))

@@ -80,7 +80,7 @@ class RankView:
 
     def rank_by_own_heads(self) -> None:
         """Leave FastV's importances unreduced from now on."""
-        from vllm_hybrid import step
+        from vllm_hybrid.models import step
 
         step.sum_over_ranks = lambda mass: mass
 

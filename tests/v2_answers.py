@@ -39,8 +39,8 @@ def watch_steps() -> list[dict[str, Any]]:
     from vllm.forward_context import get_forward_context
 
     from tests.step_trace import trace_step
-    from vllm_hybrid import cpu_attention
-    from vllm_hybrid.model import LlavaHybridForConditionalGeneration as Model
+    from vllm_hybrid.attention import cpu
+    from vllm_hybrid.models.llava import LlavaHybridForConditionalGeneration as Model
 
     steps: list[dict[str, Any]] = []
     encode, embed, forward = Model.embed_multimodal, Model.embed_input_ids, Model.forward
@@ -49,7 +49,7 @@ def watch_steps() -> list[dict[str, Any]]:
     def traced_encode(self: Any, **kwargs: Any) -> Any:
         # The tower as it runs on a GPU, without the CPU's own attention.
         with (
-            mock.patch.object(cpu_attention, "proportional_attention", lambda *args: None),
+            mock.patch.object(cpu, "proportional_attention", lambda *args: None),
             trace_step() as trace,
         ):
             result = encode(self, **kwargs)
@@ -89,7 +89,7 @@ def watch_steps() -> list[dict[str, Any]]:
 
 def spoil_a_page(llm: Any, number: int) -> None:
     """Once a request has begun to answer, have a page of its upper tier describe somebody else's image."""
-    from vllm_hybrid.pages import START
+    from vllm_hybrid.kv.page_facts import START
 
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vllm_hybrid.demo_scenes import COLOURS, KINDS, kind_name
+from vllm_hybrid.demo.scenes import COLOURS, KINDS, kind_name
 
 from .batches import Batch
 from .dense_labels import BACKGROUND

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from vllm_hybrid.demo_scenes import Scene
+from vllm_hybrid.demo.scenes import Scene
 
 from .dense_labels import dense_labels
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_hybrid.demo_scenes import COLOURS, KINDS, Scene
+from vllm_hybrid.demo.scenes import COLOURS, KINDS, Scene
 
 BACKGROUND = 0
 _KIND_IDS = {kind: number for number, kind in enumerate(KINDS, 1)}

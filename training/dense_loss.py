@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_hybrid.demo_model import PATCH_SIZE, VISION_WIDTH
-from vllm_hybrid.demo_scenes import PLACES
+from vllm_hybrid.demo.model import PATCH_SIZE, VISION_WIDTH
+from vllm_hybrid.demo.scenes import PLACES
 
 from .batches import Batch
 from .dense_labels import BACKGROUND, COLOUR_CLASSES, KIND_CLASSES

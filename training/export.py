@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_hybrid.demo_model import Weights, write_demo_model
+from vllm_hybrid.demo.model import Weights, write_demo_model
 
 from .curriculum import Student
 from .network import hub_weights

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_hybrid.demo_model import WIDTH
-from vllm_hybrid.demo_scenes import PLACES
+from vllm_hybrid.demo.model import WIDTH
+from vllm_hybrid.demo.scenes import PLACES
 
 
 class Finder(nn.Module):

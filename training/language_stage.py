@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_hybrid.demo_scenes import draw_scene
+from vllm_hybrid.demo.scenes import draw_scene
 
 from .alignment import Words, alignment, shown_patches
 from .batches import Batch, dense_batch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from vllm_hybrid.demo_model import Weights, config
+from vllm_hybrid.demo.model import Weights, config
 
 from .tower_start import GRID, start_tower
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from vllm_hybrid.demo_model import PATCHES
+from vllm_hybrid.demo.model import PATCHES
 
 from .network import GRID
 from .prompts import NO_LOSS, PADDING, text_start

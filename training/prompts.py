@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_hybrid.demo_model import PATCHES
-from vllm_hybrid.demo_scenes import PLACES
-from vllm_hybrid.demo_tokenizer import IMAGE_ID, write_tokenizer
+from vllm_hybrid.demo.model import PATCHES
+from vllm_hybrid.demo.scenes import PLACES
+from vllm_hybrid.demo.tokenizer import IMAGE_ID, write_tokenizer
 
 from .questions import TASKS, Question
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_hybrid.demo_scenes import COLOURS, DIGITS, KINDS, LETTERS, PLACES, SHAPES, Scene, Thing, kind_name
+from vllm_hybrid.demo.scenes import COLOURS, DIGITS, KINDS, LETTERS, PLACES, SHAPES, Scene, Thing, kind_name
 
 NUMBERS = ("one", "two", "three", "four")
 

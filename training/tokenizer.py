@@ -7,8 +7,8 @@ import io
 import random
 from pathlib import Path
 
-from vllm_hybrid.demo_pictures import WORDS
-from vllm_hybrid.demo_tokenizer import BOS, EOS, PIECES
+from vllm_hybrid.demo.pictures import WORDS
+from vllm_hybrid.demo.tokenizer import BOS, EOS, PIECES
 
 _PATTERNS = (
     "What is the colour of the {shape}? The {shape} is {colour}.",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_hybrid.demo_scenes import draw_scene
+from vllm_hybrid.demo.scenes import draw_scene
 
 from .batches import Batch, dense_batch
 from .dense_loss import DenseHeads

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_hybrid.demo_model import HEAD_SIZE, IMAGE_SIZE, PATCH_SIZE, VISION_WIDTH
+from vllm_hybrid.demo.model import HEAD_SIZE, IMAGE_SIZE, PATCH_SIZE, VISION_WIDTH
 
 GRID = IMAGE_SIZE // PATCH_SIZE
 # A head compares as many channels as it has.

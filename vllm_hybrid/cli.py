@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from . import __version__
-from .evaluation.command import evaluate
-from .progress import progress as _progress
-from .sentences import one_line
+from vllm_hybrid import __version__
+from vllm_hybrid.errors import one_line
+from vllm_hybrid.evaluation.command import evaluate
+from vllm_hybrid.tools.progress import progress as _progress
 
 app = typer.Typer(
     help="Prepare LLaVA-1.5 checkpoints for vLLM with merged and pruned image tokens.",
@@ -58,8 +58,8 @@ def demo_model(
     force: Force = False,
 ) -> None:
     """Write a small trained checkpoint of LLaVA-1.5's shape, and pictures to send to it."""
-    from .demo_model import random_weights, trained_weights, write_demo_model
-    from .folders import check_target
+    from vllm_hybrid.demo.model import random_weights, trained_weights, write_demo_model
+    from vllm_hybrid.tools.folders import check_target
 
     # Before anything is loaded or a bar is shown.
     check_target(out.absolute(), force)
@@ -95,7 +95,7 @@ def prepare(
 
     Without --thresholds or --images nothing is merged; without --fastv-ratio nothing is dropped.
     """
-    from .preparing import prepare as prepare_checkpoint
+    from vllm_hybrid.tools.prepare import prepare as prepare_checkpoint
 
     with _progress() as progress:
         hybrid = prepare_checkpoint(
@@ -146,8 +146,8 @@ def calibrate(
     """
     import json
 
-    from .preparing import calibrate_checkpoint
-    from .threshold_files import parse_levels, write_thresholds
+    from vllm_hybrid.tools.prepare import calibrate_checkpoint
+    from vllm_hybrid.tools.thresholds import parse_levels, write_thresholds
 
     if out is not None and not out.absolute().parent.is_dir():
         raise ValueError(f"{out.absolute().parent} is no folder; make it, or give another --out")
@@ -178,8 +178,8 @@ def show(
     dtype: Annotated[str, typer.Option(help="Number format, as for vllm serve.")] = "auto",
 ) -> None:
     """Draw what is merged and dropped of a picture for a question, with both models' answers."""
-    from .pictures import load_rgb
-    from .showing import show as draw_sheet
+    from vllm_hybrid.tools.pictures import load_rgb
+    from vllm_hybrid.tools.show import show as draw_sheet
 
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out.absolute().parent} is no folder; make it, or give another --out")

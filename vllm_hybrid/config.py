@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 KNOWN_KEYS = ("thresholds", "default_level", "level", "fastv_layer", "fastv_ratio")
@@ -160,12 +158,3 @@ def _is_number(value: Any) -> bool:
     except OverflowError:
         return False
     return True
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def live_to_kept(live: int, ratio: float) -> int:
-    """Image tokens FastV keeps of ``live``: ceil((1 - ratio) * live), at least 1 (FastV, section 4.1).
-
-    The ratio counts as the decimal it was written as, so that 0.9 of 10 leaves 1, not 2.
-    """
-    return max(1, math.ceil((1 - Fraction(repr(float(ratio)))) * live))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import refusal, versions
-from .checkpoint import ARCHITECTURE
+from vllm_hybrid.checkpoint.llava import ARCHITECTURE
+from vllm_hybrid.startup import refusal, versions
 
 
 def register() -> None:
@@ -29,10 +29,11 @@ def _register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     # Importing tiers registers the cache specs.
-    from . import beam_steps, input_processor, tiers  # noqa: F401
-    from .settings import HybridSettings
+    from vllm_hybrid.frontend import beam_steps, input_processor
+    from vllm_hybrid.kv import tiers  # noqa: F401
+    from vllm_hybrid.startup.settings import HybridSettings
 
     beam_steps.install()
     input_processor.install()
-    ModelRegistry.register_model(ARCHITECTURE, "vllm_hybrid.model:LlavaHybridForConditionalGeneration")
+    ModelRegistry.register_model(ARCHITECTURE, "vllm_hybrid.models.llava:LlavaHybridForConditionalGeneration")
     MODELS_CONFIG_MAP[ARCHITECTURE] = HybridSettings

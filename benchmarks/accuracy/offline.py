@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.accuracy.questions import CUT, Asked
-from vllm_hybrid.config import live_to_kept
-from vllm_hybrid.tower import LiveTokens, encode
+from vllm_hybrid.method.clip_tower import LiveTokens, encode
+from vllm_hybrid.method.fastv import live_to_kept
 
 Thresholds = Sequence[float | None]
 

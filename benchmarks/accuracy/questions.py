@@ -13,8 +13,8 @@ from training.measure import HEADLINE
 from training.prompts import chat
 from training.questions import TASKS, Question, ask
 from training.tower_stage import HELD_OUT
-from vllm_hybrid.demo_scenes import draw_scene
-from vllm_hybrid.demo_tokenizer import IMAGE_ID
+from vllm_hybrid.demo.scenes import draw_scene
+from vllm_hybrid.demo.tokenizer import IMAGE_ID
 
 # Another series of held-out pictures than the one that training's own report uses.
 _SERIES = 2000

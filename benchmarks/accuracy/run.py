@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.accuracy.cases import Case, Setup, cases  # noqa: E402
 from benchmarks.accuracy.questions import Asked, held_out  # noqa: E402
 from benchmarks.accuracy.report import Result, insert, plot, result, summary, table  # noqa: E402
-from vllm_hybrid.journal import Journal  # noqa: E402
+from vllm_hybrid.tools.journal import Journal  # noqa: E402
 
 
 def main() -> None:

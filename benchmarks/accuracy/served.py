@@ -14,8 +14,8 @@ from PIL import Image
 from benchmarks.accuracy.questions import CUT, Asked
 from benchmarks.http_server import SERVED_NAME, counters, running_server
 from vllm_hybrid.config import KNOWN_KEYS
-from vllm_hybrid.demo_model import PATCHES
-from vllm_hybrid.demo_tokenizer import IMAGE_ID
+from vllm_hybrid.demo.model import PATCHES
+from vllm_hybrid.demo.tokenizer import IMAGE_ID
 
 _AT_ONCE = 16
 _TIMEOUT = 900

@@ -102,7 +102,7 @@ LEFT_OUT = {
     "mistral-common": ("mistral_common/data/",),
     "pycountry": ("pycountry/locales/",),
     "vllm": ("vllm/vllm-rs",),
-    "vllm-hybrid": ("vllm_hybrid/embedded/model.safetensors",),
+    "vllm-hybrid": ("vllm_hybrid/demo/embedded/model.safetensors",),
 }
 # Of vLLM's wheel: sources and tables of kernels that are compiled elsewhere.
 _DROPPED_SUFFIXES = (".so", ".hpp", ".h", ".cuh", ".cu", ".inl", ".cpp", ".jpg")

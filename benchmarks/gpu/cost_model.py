@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vllm_hybrid.calibrating import live_schedule  # noqa: E402
-from vllm_hybrid.config import live_to_kept  # noqa: E402
+from vllm_hybrid.method.fastv import live_to_kept  # noqa: E402
+from vllm_hybrid.tools.calibrate import live_schedule  # noqa: E402
 
 BLOCK_SIZE = 16
 TEXT_TOKENS = 60
@@ -281,7 +281,7 @@ def tier_blocks(
         One entry per tier.
 
     """
-    from vllm_hybrid.tiers import Tier, tier_block_sizes
+    from vllm_hybrid.kv.tiers import Tier, tier_block_sizes
 
     lower = reduction.lower_layers(shape)
     sizes = tier_block_sizes(BLOCK_SIZE, lower, shape.layers - lower)

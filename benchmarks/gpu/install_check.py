@@ -36,10 +36,10 @@ MODULES = (
     "vllm_hybrid",
     "vllm_hybrid_plugin",
     "vllm_hybrid_stat_logger",
-    "vllm_hybrid.attention",
-    "vllm_hybrid.model",
-    "vllm_hybrid.scheduler",
-    "vllm_hybrid.gpu_attention",
+    "vllm_hybrid.attention.backend",
+    "vllm_hybrid.models.llava",
+    "vllm_hybrid.engine.scheduler",
+    "vllm_hybrid.attention.gpu",
     "tests.engines",
     "tests.reference",
     "tests.tiny_checkpoints",
@@ -49,7 +49,7 @@ MODULES = (
 GPU_MODULES = (
     "vllm.v1.worker.gpu_worker",
     "vllm.v1.worker.gpu.model_runner",
-    "vllm_hybrid.cuda_worker",
+    "vllm_hybrid.engine.cuda_worker",
 )
 # bf16 against float32, relative to the largest value.
 TOLERANCE = 0.02

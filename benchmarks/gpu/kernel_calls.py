@@ -37,36 +37,34 @@ def poisoned_memory() -> Iterator[None]:
 
 def results(scene: Scene) -> dict[str, torch.Tensor]:
     """What the kernels make of a scene: ``attend`` and, where the step ranks, ``mass``."""
-    from vllm_hybrid import gpu_attention
+    from vllm_hybrid.attention import gpu
 
-    keys = gpu_attention.walk_pages(
-        scene.facts, scene.block_table, scene.seq_lens, scene.patches, ROWS_PER_BLOCK
-    )
+    keys = gpu.walk_pages(scene.facts, scene.block_table, scene.seq_lens, scene.patches, ROWS_PER_BLOCK)
     batch = scene.batch(keys)
-    plan = gpu_attention.plan_attention(batch)
+    plan = gpu.plan_attention(batch)
     out = torch.empty_like(scene.query)
     rest = (batch, plan, scene.angles, scene.scale)
-    gpu_attention.attend(scene.query, scene.pages, *rest, out)
+    gpu.attend(scene.query, scene.pages, *rest, out)
     found = {"attend": out}
     if batch.ranked:
-        found["mass"] = gpu_attention.attention_mass(scene.query, scene.pages, *rest)
+        found["mass"] = gpu.attention_mass(scene.query, scene.pages, *rest)
     return found
 
 
 def kernel_calls(scene: Scene) -> dict[str, Call]:
     """A call for each kernel of a scene."""
-    from vllm_hybrid import gpu_attention
-    from vllm_hybrid.kernels.decode import decode
-    from vllm_hybrid.kernels.lists import query_lists
-    from vllm_hybrid.kernels.mass import attention_mass
-    from vllm_hybrid.kernels.prefill import prefill
-    from vllm_hybrid.kernels.segments import segment_mean
-    from vllm_hybrid.kernels.walk import walk_pages
+    from vllm_hybrid.attention import gpu
+    from vllm_hybrid.attention.triton_kernels.decode import decode
+    from vllm_hybrid.attention.triton_kernels.lists import query_lists
+    from vllm_hybrid.attention.triton_kernels.mass import attention_mass
+    from vllm_hybrid.attention.triton_kernels.prefill import prefill
+    from vllm_hybrid.attention.triton_kernels.segments import segment_mean
+    from vllm_hybrid.attention.triton_kernels.walk import walk_pages
 
     facts, table, lens = scene.facts, scene.block_table, scene.seq_lens
-    keys = gpu_attention.walk_pages(facts, table, lens, scene.patches, ROWS_PER_BLOCK)
+    keys = gpu.walk_pages(facts, table, lens, scene.patches, ROWS_PER_BLOCK)
     batch = scene.batch(keys)
-    plan = gpu_attention.plan_attention(batch)
+    plan = gpu.plan_attention(batch)
     query, pages, angles, scale = scene.query, scene.pages, scene.angles, scene.scale
     out = torch.empty_like(query)
     calls: dict[str, Call] = {

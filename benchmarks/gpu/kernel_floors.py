@@ -13,7 +13,7 @@ from benchmarks.gpu.cost_model import (
     causal_pairs,
 )
 from benchmarks.gpu.kernel_scenes import Heads
-from vllm_hybrid.pages import fact_words
+from vllm_hybrid.kv.page_facts import fact_words
 
 
 @dataclass(frozen=True)

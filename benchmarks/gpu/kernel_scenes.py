@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from vllm_hybrid import planning, unmerging
-from vllm_hybrid.pages import fact_words, new_page_facts
-from vllm_hybrid.planning import RowPlan, StepImages
-from vllm_hybrid.unmerging import TierBatch, rotation_angles
+from vllm_hybrid.attention import reference
+from vllm_hybrid.attention.interface import TierBatch, rotation_angles
+from vllm_hybrid.kv.page_facts import fact_words, new_page_facts, plan_facts
+from vllm_hybrid.method import row_plan
+from vllm_hybrid.method.row_plan import RowPlan, StepImages
 
 BLOCK_SIZE = 16
 # Page rows from one block of a layer to its next: other layers' rows of the block lie between.
@@ -169,7 +170,7 @@ def make_scene(
     owner = torch.stack([random_owner(patches, shape.live, draw) for _ in range(requests)])
     first_rows = [r * prompt + TEXT_BEFORE for r in range(requests)]
     images = StepImages(torch.tensor(first_rows), owner, first_rows, [shape.live] * requests)
-    plan = planning.plan_live_rows(requests * prompt, images)
+    plan = row_plan.plan_live_rows(requests * prompt, images)
     if shape.kept is not None:
         plan = _kept_rows(plan, images, shape.kept, draw)
     positions = torch.arange(prompt).repeat(requests)
@@ -181,7 +182,7 @@ def make_scene(
     request = torch.arange(requests).repeat_interleave(prompt)
     slots = (1 + request * blocks) * BLOCK_SIZE + positions
     stored = slots[plan.stored_at]
-    facts.view(-1, fact_words(patches))[stored] = planning.plan_facts(plan, images, positions)
+    facts.view(-1, fact_words(patches))[stored] = plan_facts(plan, images, positions)
     query_start = [r * prompt for r in range(requests + 1)]
     step_images: StepImages | None = images
     seq_lens = torch.full((requests,), length, dtype=torch.int32)
@@ -241,7 +242,7 @@ def _kept_rows(plan: RowPlan, images: StepImages, kept: int, draw: torch.Generat
     for image in range(len(images.counts)):
         own = (plan.image == image).nonzero()[:, 0]
         keep[own[torch.randperm(own.shape[0], generator=draw)[:kept]]] = True
-    return planning.plan_kept_rows(plan, images, keep, kept * len(images.counts))
+    return row_plan.plan_kept_rows(plan, images, keep, kept * len(images.counts))
 
 
 def reference_results(scene: Scene) -> dict[str, torch.Tensor]:
@@ -249,13 +250,13 @@ def reference_results(scene: Scene) -> dict[str, torch.Tensor]:
 
     Rows of padding are 0.
     """
-    keys = planning.walk_pages(scene.facts, scene.block_table, scene.seq_lens, scene.patches, ROWS_PER_BLOCK)
+    keys = reference.walk_pages(scene.facts, scene.block_table, scene.seq_lens, scene.patches, ROWS_PER_BLOCK)
     batch = scene.batch(keys)
     real = len(scene.query_start) - 1 - scene.padding
     batch.query_start = scene.query_start[: real + 1]
     out = torch.zeros_like(scene.query)
-    unmerging.attend(scene.query, scene.pages, batch, scene.angles, scene.scale, out)
+    reference.attend(scene.query, scene.pages, batch, scene.angles, scene.scale, out)
     results = {"attend": out}
     if batch.ranked:
-        results["mass"] = unmerging.attention_mass(scene.query, scene.pages, batch, scene.angles, scene.scale)
+        results["mass"] = reference.attention_mass(scene.query, scene.pages, batch, scene.angles, scene.scale)
     return results

@@ -22,9 +22,9 @@ from transformers import (
 
 from benchmarks.checkpoint import picture
 from benchmarks.gpu import thresholds
-from vllm_hybrid.calibrating import calibrate, live_counts
-from vllm_hybrid.demo_model import _write_processor
-from vllm_hybrid.demo_tokenizer import IMAGE_ID, write_tokenizer
+from vllm_hybrid.demo.model import _write_processor
+from vllm_hybrid.demo.tokenizer import IMAGE_ID, write_tokenizer
+from vllm_hybrid.tools.calibrate import calibrate, live_counts
 
 SEED = 0
 CALIBRATION_PICTURES = 32

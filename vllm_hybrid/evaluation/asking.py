@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .predictions import Prediction
-from .tsv import Row
+from vllm_hybrid.evaluation.predictions import Prediction
+from vllm_hybrid.evaluation.tsv import Row
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -43,12 +43,12 @@ def evaluate(
     """
     import json
 
-    from ..progress import progress
-    from .evaluating import Evaluation, folder_name
-    from .prompts import choose_template
-    from .report import as_table, make_report, notes
-    from .scoring import choose_metrics, require_libraries
-    from .tsv import find_data, read_data
+    from vllm_hybrid.evaluation.evaluating import Evaluation, folder_name
+    from vllm_hybrid.evaluation.prompts import choose_template
+    from vllm_hybrid.evaluation.report import as_table, make_report, notes
+    from vllm_hybrid.evaluation.scoring import choose_metrics, require_libraries
+    from vllm_hybrid.evaluation.tsv import find_data, read_data
+    from vllm_hybrid.tools.progress import progress
 
     found = read_data(find_data(data))
     template = choose_template(found, prompt, short_caption)

@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .asking import Server, ask, find_server
-from .picture_check import PictureCheck
-from .predictions import Predictions
-from .prompts import prompt_of
-from .report import Side
-from .tsv import Data, Row
+from vllm_hybrid.evaluation.asking import Server, ask, find_server
+from vllm_hybrid.evaluation.picture_check import PictureCheck
+from vllm_hybrid.evaluation.predictions import Predictions
+from vllm_hybrid.evaluation.prompts import prompt_of
+from vllm_hybrid.evaluation.report import Side
+from vllm_hybrid.evaluation.tsv import Data, Row
 
 Progress = Callable[[str, int, int], None]
 

@@ -13,9 +13,9 @@ from contextlib import closing
 
 from PIL import Image
 
-from ..sentences import one_line
-from ..threads import in_threads
-from .tsv import Data, Row
+from vllm_hybrid.errors import one_line
+from vllm_hybrid.evaluation.tsv import Data, Row
+from vllm_hybrid.tools.threads import in_threads
 
 
 class PictureCheck:

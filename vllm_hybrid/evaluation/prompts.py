@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from string import ascii_uppercase
 
-from .tsv import Data, Row
+from vllm_hybrid.evaluation.tsv import Data, Row
 
 # As VLMEvalKit asks for captions (vlmeval/dataset/image_caption.py), the space at the end included. LLaVA
 # answers with a paragraph, which the metrics for captions of one sentence score near zero.

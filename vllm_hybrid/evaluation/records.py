@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .left_out import NOT_A_TABLE, OTHER_CELLS, UNCLOSED
+from vllm_hybrid.evaluation.left_out import NOT_A_TABLE, OTHER_CELLS, UNCLOSED
 
 # So many lines that each look like a row are no single cell. It bounds what is kept in memory.
 MOST_ROWS_IN_A_CELL = 100

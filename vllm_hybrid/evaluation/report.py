@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .left_out import BAD_PICTURE, merged, sentences
-from .predictions import Prediction
-from .scoring import score
-from .tsv import Data, Row
+from vllm_hybrid.evaluation.left_out import BAD_PICTURE, merged, sentences
+from vllm_hybrid.evaluation.predictions import Prediction
+from vllm_hybrid.evaluation.scoring import score
+from vllm_hybrid.evaluation.tsv import Data, Row
 
 # How much is shown of what went wrong with a row; the report has all of it.
 LONGEST_REASON = 200

@@ -8,8 +8,8 @@ import io
 import statistics
 from collections.abc import Sequence
 
-from .tsv import Data
-from .vqa_text import plain
+from vllm_hybrid.evaluation.tsv import Data
+from vllm_hybrid.evaluation.vqa_text import plain
 
 CAPTIONS = ("bleu", "rouge", "cider")
 METRICS = (*CAPTIONS, "exact", "vqa")

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import check_present
-from .left_out import (
+from vllm_hybrid.evaluation.left_out import (
     NO_ANSWER,
     NO_INDEX,
     NO_OWNER,
@@ -26,7 +25,8 @@ from .left_out import (
     LeftOut,
     sentences,
 )
-from .records import Record, cells_at, read_records
+from vllm_hybrid.evaluation.records import Record, cells_at, read_records
+from vllm_hybrid.files import check_present
 
 # The variable that names VLMEvalKit's data folder.
 LMU_DATA = "LMUData"

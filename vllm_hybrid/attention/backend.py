@@ -1,0 +1,262 @@
+"""vLLM's view of virtual unmerging attention: backend, metadata, layer."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import register_backend
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_hybrid.attention import reference
+from vllm_hybrid.attention.interface import TierBatch, page_rows
+from vllm_hybrid.kv.tiers import SPEC_OF_TIER, Tier, tier_block_sizes
+
+BACKEND_NAME = "HYBRID"
+IMPLEMENTATION_ENV = "VLLM_HYBRID_ATTENTION"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of the attention function: how it writes and reads pages, prepares and attends.
+
+    ``walk_pages`` raises where a page holds another request's data, or, on a device, leaves the request
+    without keys; then ``mark_foreign`` writes into bool [requests] whose keys are missing.
+    """
+
+    write_pages: Callable[..., None]
+    walk_pages: Callable[..., Any]
+    plan: Callable[[TierBatch], Any]
+    attend: Callable[..., None]
+    attention_mass: Callable[..., torch.Tensor]
+    mark_foreign: Callable[[Any, torch.Tensor], None] | None = None
+
+
+def _reference() -> Implementation:
+    return Implementation(
+        reference.write_pages,
+        reference.walk_pages,
+        lambda batch: None,
+        lambda query, pages, batch, plan, *rest: reference.attend(query, pages, batch, *rest),
+        lambda query, pages, batch, plan, *rest: reference.attention_mass(query, pages, batch, *rest),
+    )
+
+
+def _cpu() -> Implementation:
+    # vLLM's CPU modules do not belong in a process that serves on CUDA.
+    from vllm_hybrid.attention import cpu, cpu_dense
+
+    # Compiling on the first request would keep it waiting.
+    cpu.extension()
+    return Implementation(
+        cpu.write_pages,
+        cpu.walk_pages,
+        cpu.plan_attention,
+        functools.partial(cpu.attend, causal_attention=cpu_dense.causal_attention),
+        lambda query, pages, batch, plan, *rest: cpu.attention_mass(query, pages, batch, *rest),
+    )
+
+
+def _triton() -> Implementation:
+    # Triton comes with vLLM on CUDA; a CPU does without, unless it interprets the kernels.
+    from vllm_hybrid.attention import gpu
+
+    return Implementation(
+        reference.write_pages,
+        gpu.walk_pages,
+        gpu.plan_attention,
+        gpu.attend,
+        gpu.attention_mass,
+        gpu.mark_foreign,
+    )
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], Implementation]] = {
+    "reference": _reference,
+    "cpu": _cpu,
+    "triton": _triton,
+}
+
+
+def implementation() -> Implementation:
+    """The implementation VLLM_HYBRID_ATTENTION names; where it is not set, the platform's.
+
+    Raises:
+        ValueError: the environment names none that exists.
+
+    """
+    name = os.environ.get(IMPLEMENTATION_ENV, "cpu" if current_platform.is_cpu() else "triton")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{IMPLEMENTATION_ENV}={name!r} is not an implementation; use one of {sorted(IMPLEMENTATIONS)}"
+        )
+    return IMPLEMENTATIONS[name]()
+
+
+@dataclass
+class HybridMetadata(AttentionMetadata):
+    """What the runner tells one tier about a step; the model adds the batch before its layers run."""
+
+    common: CommonAttentionMetadata
+    batch: TierBatch | None = None
+    plan: Any = None
+
+
+class HybridMetadataBuilder(AttentionMetadataBuilder[HybridMetadata]):
+    """Hands the runner's metadata on; the plan needs the images and is completed in the model.
+
+    A step of decodes has none: what the model does for it has the same shapes every time and reads all
+    that changes on the device, so that it can be captured.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> HybridMetadata:
+        return HybridMetadata(common=common_attn_metadata)
+
+
+@register_backend(BACKEND_NAME)
+class HybridBackend(AttentionBackend):
+    """Attention over pages with holes; registered under its own name, chosen by the model alone."""
+
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        return [MultipleOf(1)]
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[HybridImpl]:
+        return HybridImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[HybridMetadataBuilder]:
+        return HybridMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Blocks outermost, so that the tiers' unlike pages pack into one pool; a slot's heads together,
+        # so that a token is one contiguous row.
+        return (KVCacheLayout.BLNHC,)
+
+
+class HybridImpl(AttentionImpl[HybridMetadata]):
+    """Writes a layer's keys and values into its pages and attends at virtual positions."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        *,
+        ranks_images: bool = False,
+    ) -> None:
+        unsupported = {
+            "ALiBi": alibi_slopes,
+            "a sliding window": sliding_window,
+            "a logits soft cap": logits_soft_cap,
+            "KV sharing between layers": kv_sharing_target_layer_name,
+        }
+        for feature, value in unsupported.items():
+            if value is not None:
+                raise ValueError(f"{feature} ({value}) is not supported with reduced image tokens")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.ranks_images = ranks_images
+        self.implementation = implementation()
+        self.angles: torch.Tensor | None = None
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: HybridMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attn_metadata is None:
+            # Profiling runs have no pages.
+            return output.zero_()
+        if attn_metadata.batch is None:
+            raise RuntimeError("a step reached its attention layers before its rows were planned")
+        batch, angles = attn_metadata.batch, self.angles
+        assert angles is not None, "the model sets the rotation angles before its first step"
+        rows, out = batch.page_slots.shape[0], output
+        if rows < query.shape[0]:
+            # Rows behind the batch's only fill the matrix products up.
+            output[rows:].zero_()
+            query, key, value, out = (x[:rows] for x in (query, key, value, output))
+        pages, _ = page_rows(kv_cache)
+        self.implementation.write_pages(key, value, pages, batch.page_slots)
+        self.implementation.attend(query, pages, batch, attn_metadata.plan, angles, self.scale, out)
+        if self.ranks_images and batch.ranked:
+            batch.mass = self.implementation.attention_mass(
+                query, pages, batch, attn_metadata.plan, angles, self.scale
+            )
+        return output
+
+
+class HybridAttention(Attention):
+    """vLLM's attention layer, bound to the hybrid backend and to a KV tier."""
+
+    def __init__(self, *args: Any, tier: Tier, lower_layers: int, upper_layers: int, **kwargs: Any) -> None:
+        super().__init__(*args, attn_backend=HybridBackend, **kwargs)
+        self.tier = tier
+        self.lower_layers = lower_layers
+        self.upper_layers = upper_layers
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """The layer's tier as a cache spec, with the tier's own block size."""
+        sizes = tier_block_sizes(vllm_config.cache_config.block_size, self.lower_layers, self.upper_layers)
+        return SPEC_OF_TIER[self.tier](
+            block_size=sizes[self.tier],
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            head_size_v=self.head_size_v,
+            dtype=self.kv_cache_torch_dtype,
+        )

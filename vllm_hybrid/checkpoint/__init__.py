@@ -1,0 +1,1 @@
+"""A LLaVA checkpoint on disk, checked without loading its weights."""

@@ -1,0 +1,1 @@
+"""The embedded checkpoint and the drawn pictures that it knows."""

@@ -1,0 +1,1 @@
+"""What vLLM's engine loads: the scheduler and the workers."""

@@ -1,0 +1,301 @@
+"""vLLM's scheduler, taught which blocks of a request are holes.
+
+Requests keep their virtual lengths, so scheduling is vLLM's. Three things are added: an image is never
+split over steps, a prompt that will be pruned is prefilled in one step that ends at its last position,
+and after the step that filled an image the blocks inside its holes go back to the pool.
+
+No request waits for ever. Encoder-cache entries are held only for images of steps that are under way, so all
+of them come free; a running request that finds the cache full is served before those behind it; and the
+settings make a step hold at least one image, or one pruned prompt, beside all requests that decode.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_hybrid.frontend.beam_steps import prompt_tokens
+from vllm_hybrid.kv.tiers import LowerTierSpec, Tier, TierManager
+from vllm_hybrid.method.fastv import live_to_kept
+from vllm_hybrid.startup.settings import hybrid_config, num_patches
+
+# vLLM shows what its own loggers and those below them say.
+logger = init_logger(f"vllm.{__name__}")
+
+# A mixin over whichever scheduler it is combined with; for the type checker it is one of them.
+_Scheduler: Any = Scheduler if TYPE_CHECKING else object
+
+# What a worker attaches to a step's output (see :mod:`vllm_hybrid.engine.worker`): live tokens by image,
+# and the requests whose pages held another request's data.
+LIVE_COUNTS = "hybrid_live_counts"
+FOREIGN_PAGES = "hybrid_foreign_pages"
+_REMEMBERED_IMAGES = 1 << 20
+
+
+class HoleReclaim(_Scheduler):
+    """Mixed into vLLM's schedulers, before them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        hf_config = self.vllm_config.model_config.hf_config
+        self.hybrid = hybrid_config(hf_config)
+        self.patches = num_patches(hf_config)
+        self.tier_managers: dict[Tier, TierManager] = {
+            Tier.LOWER if isinstance(manager.kv_cache_spec, LowerTierSpec) else Tier.UPPER: manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, TierManager)
+        }
+        # Kept longer than the encoder cache keeps features: a cached image is not counted again.
+        self.live_counts: OrderedDict[str, int] = OrderedDict()
+        # Per request the live tokens of each image whose hole went back, as they were when it was filled: a
+        # client may give another picture the same identifier later.
+        self.given_back: dict[str, dict[int, int]] = {}
+        # Requests whose images are in the totals, also while they wait to be computed again.
+        self.counted: set[str] = set()
+        # Of the step being scheduled: whether the encoder cache was too full for a request's next image, and
+        # the images that it is to encode.
+        self.encodings_are_short = False
+        self.promised: set[str] = set()
+        self.totals: Counter[str] = Counter()
+        self.reported: Counter[str] = Counter()
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's step, without encodings that it promises and then takes back."""
+        self.encodings_are_short = False
+        self.promised.clear()
+        output = super().schedule(*args, **kwargs)
+        self._keep_promises(output)
+        return output
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        shift_computed_tokens: int = 0,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """vLLM's choice of images to encode, on a stretch of the prompt that may be computed at once.
+
+        vLLM pins the cached images of a stretch for the request. Whatever lies behind the stretch that is
+        granted is let go again: a request that computes nothing would keep others from the cache.
+        """
+        held = set(self.encoder_cache_manager.get_cached_input_ids(request))
+        wanted = self._whole(request, num_computed_tokens, num_new_tokens)
+        while True:
+            result = super()._try_schedule_encoder_inputs(
+                request, num_computed_tokens, wanted, encoder_compute_budget, shift_computed_tokens
+            )
+            granted = self._whole(request, num_computed_tokens, result[1])
+            self._note_shortage(request, num_computed_tokens + result[1], wanted - result[1], result[2])
+            if granted == result[1]:
+                return result
+            self._let_go(request, held)
+            wanted = granted
+
+    def _whole(self, request: Request, computed: int, new: int) -> int:
+        """Shorten a stretch of a request so that it may be computed in one step.
+
+        Args:
+            request: the request.
+            computed: virtual positions already computed.
+            new: virtual positions on offer.
+
+        Returns:
+            Positions to compute: no image is cut, and while the encoder cache is short none is begun. When
+            tokens are pruned, a prompt whose images are still to come is computed up to exactly its end,
+            or waits for a step with room.
+
+        """
+        end = computed + new
+        ahead = [f.mm_position for f in request.mm_features if f.mm_position.offset >= computed]
+        if not ahead or new == 0:
+            return new
+        if self.hybrid.prunes:
+            prompt_end = prompt_tokens(request)
+            # Short of the prompt's end nothing is gained by a first piece: the rest must fit in one step.
+            return prompt_end - computed if end >= prompt_end and not self.encodings_are_short else 0
+        cut = [p.offset for p in ahead if self.encodings_are_short or p.offset + p.length > end]
+        return min([end, *cut]) - computed
+
+    def _note_shortage(self, request: Request, end: int, refused: int, budget: int) -> None:
+        """Remember for the rest of the step that a request found no room in the encoder cache.
+
+        Those behind it would otherwise pin what it waits for, step after step. The compute budget needs no
+        such care: it is fresh in each step, and given out in the order of the requests.
+
+        Args:
+            request: the request.
+            end: where the stretch ends that vLLM grants.
+            refused: positions it did not grant.
+            budget: what is left of the compute budget, in embeddings.
+
+        """
+        if refused == 0:
+            return
+        first = next((f.mm_position for f in request.mm_features if f.mm_position.offset >= end), None)
+        if first is not None and first.get_num_embeds() <= budget:
+            self.encodings_are_short = True
+
+    def _let_go(self, request: Request, held: set[int]) -> None:
+        """Give up a request's images in the encoder cache, but for those of steps under way."""
+        for number in self.encoder_cache_manager.get_cached_input_ids(request) - held:
+            self.encoder_cache_manager.free_encoder_input(request, number)
+
+    def _allocate_encoder_inputs(
+        self, request: Request, input_ids: list[int], duplicate_input_ids: list[int]
+    ) -> None:
+        """vLLM's, remembering the images that this step is to encode."""
+        super()._allocate_encoder_inputs(request, input_ids, duplicate_input_ids)
+        self.promised |= {request.mm_features[number].identifier for number in input_ids}
+
+    def _keep_promises(self, output: SchedulerOutput) -> None:
+        """See to images whose request was preempted later in the step that was to encode them.
+
+        vLLM takes the request out of the step, but leaves its images in the cache's books. Another request
+        of the step that counts on such an image encodes it; an image that nobody needs leaves the books.
+        """
+        encoded = {
+            self.requests[name].mm_features[number].identifier
+            for name, numbers in output.scheduled_encoder_inputs.items()
+            for number in numbers
+        }
+        cache = self.encoder_cache_manager
+        for image in sorted(self.promised - encoded):
+            heirs = [name for name in output.num_scheduled_tokens if name in cache.cached.get(image, ())]
+            if heirs:
+                heir = self.requests[heirs[0]]
+                held = sorted(cache.get_cached_input_ids(heir))
+                number = next(n for n in held if heir.mm_features[n].identifier == image)
+                output.scheduled_encoder_inputs.setdefault(heir.request_id, []).append(number)
+            elif image in cache.freeable:
+                cache.num_free_slots += cache.freeable.pop(image)
+                del cache.cached[image]
+                del cache.num_embeds_by_hash[image]
+                # A tensor of before this step, if there is one, goes with the next.
+                cache.freed.append(image)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """vLLM's update, then the holes of the images this step filled."""
+        for image, count in getattr(model_runner_output, LIVE_COUNTS, {}).items():
+            self.live_counts[image] = count
+            self.live_counts.move_to_end(image)
+        while len(self.live_counts) > _REMEMBERED_IMAGES:
+            self.live_counts.popitem(last=False)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(request_id)
+            if request is not None and len(self.given_back.get(request_id, ())) < len(request.mm_features):
+                self._give_back_holes(request, scheduler_output.num_scheduled_tokens[request_id])
+        failed = self._fail(getattr(model_runner_output, FOREIGN_PAGES, ()))
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in failed:
+            ended = EngineCoreOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason=request.get_finished_reason(),
+                events=request.take_events(),
+                trace_headers=request.trace_headers,
+            )
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(ended)
+        return outputs
+
+    def _fail(self, request_ids: Sequence[str]) -> list[Request]:
+        """End requests whose pages held another's data, before this step's tokens count as answers.
+
+        Their memory is wrong, so no token of theirs is right, and no later prompt may find their blocks in
+        the prefix cache. The other requests of the step are untouched.
+        """
+        if not request_ids:
+            return []
+        for name in filter(self.requests.__contains__, request_ids):
+            blocks = self.kv_cache_manager.get_block_ids(name)
+            self.kv_cache_manager.evict_blocks({block for tier in blocks for block in tier})
+        failed = self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
+        self.totals["requests_with_foreign_pages"] += len(failed)
+        for request in failed:
+            logger.error(
+                "vllm-hybrid: request %s ends with an error, because one of its KV pages holds another "
+                "request's data; this is a fault of vllm-hybrid, please report it.",
+                request.request_id,
+            )
+        return failed
+
+    def _give_back_holes(self, request: Request, in_this_step: int) -> None:
+        """Free the blocks inside the holes of all images that steps up to this one have filled.
+
+        Called before vLLM counts this step as processed, so that a request that stops with this very
+        step is counted too.
+        """
+        if request.is_finished() or request.num_stale_output_tokens > 0:
+            return
+        processed = request.num_computed_tokens - request.num_in_flight_tokens + in_this_step
+        filled = self.given_back.setdefault(request.request_id, {})
+        for number, feature in enumerate(request.mm_features):
+            start = feature.mm_position.offset
+            live = self.live_counts.get(feature.identifier)
+            if number in filled or live is None or start + self.patches > processed:
+                continue
+            filled[number] = live
+            slots = {Tier.LOWER: live, Tier.UPPER: live_to_kept(live, self.hybrid.fastv_ratio)}
+            for tier, manager in self.tier_managers.items():
+                self.totals["blocks_given_back"] += manager.give_back(
+                    request.request_id, start + slots[tier], start + self.patches
+                )
+        if len(filled) == len(request.mm_features) and request.request_id not in self.counted:
+            self.counted.add(request.request_id)
+            self._count(list(filled.values()))
+
+    def _count(self, live: Sequence[int]) -> None:
+        """Add a request's images, by their live tokens, to the totals."""
+        self.totals["images"] += len(live)
+        self.totals["patches"] += len(live) * self.patches
+        self.totals["live_tokens"] += sum(live)
+        self.totals["kept_tokens"] += sum(live_to_kept(n, self.hybrid.fastv_ratio) for n in live)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """Forget a finished or preempted request's holes with its blocks."""
+        self.given_back.pop(request.request_id, None)
+        if request.is_finished():
+            self.counted.discard(request.request_id)
+        super()._free_request_blocks(request)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's statistics, with what this scheduler counted since the last ones.
+
+        Any of several API servers may get them, so each count is sent once. They travel in the LoRA map,
+        the one open mapping of the message that nobody reads here: LoRA is refused.
+        ``vllm_hybrid.frontend.metrics`` takes them out again.
+        """
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            news = self.totals - self.reported
+            self.reported = self.totals.copy()
+            stats.running_lora_adapters = {f"vllm_hybrid:{name}": n for name, n in news.items()}
+        return stats
+
+
+class HybridScheduler(HoleReclaim, Scheduler):
+    """The scheduler that waits for each step."""
+
+
+class HybridAsyncScheduler(HoleReclaim, AsyncScheduler):
+    """The scheduler that runs one step ahead."""
+
+
+def make_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Scheduler:
+    """The scheduler for a configuration; whether it is asynchronous is decided after the class is named."""
+    chosen = HybridAsyncScheduler if vllm_config.scheduler_config.async_scheduling else HybridScheduler
+    return chosen(vllm_config, *args, **kwargs)

@@ -1,0 +1,1 @@
+"""What vLLM's API server loads: the checks of requests, and the counters."""

@@ -1,0 +1,50 @@
+"""FastV's choice: which image tokens the upper layers still see (arXiv 2403.06764, section 4.1)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from fractions import Fraction
+
+import torch
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_table(size: int, ratio: float, device: torch.device) -> torch.Tensor:
+    """int64 [size]: tokens kept of n, for every n, by the rule the scheduler uses too."""
+    return torch.tensor([live_to_kept(n, ratio) for n in range(size)], device=device)
+
+
+def choose(importance: torch.Tensor, lengths: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Keep each image's most important tokens; the host does not wait for the device.
+
+    Args:
+        importance: float [tokens], all images' live tokens one after the other; no NaN.
+        lengths: int64 [images], live tokens of each image.
+        ratio: share to drop, in [0, 1).
+
+    Returns:
+        bool [tokens]: per image the ceil((1 - ratio) * n) most important, at least one, ties to the
+        earlier token.
+
+    """
+    device = importance.device
+    tokens = importance.shape[0]
+    # The next power of two bounds every length and lets few tables serve all steps.
+    kept = _kept_table(1 << tokens.bit_length(), ratio, device)[lengths]
+    image = torch.arange(lengths.shape[0], device=device).repeat_interleave(lengths, output_size=tokens)
+    by_importance = importance.argsort(descending=True, stable=True)
+    order = by_importance[image[by_importance].argsort(stable=True)]
+    rank = torch.arange(tokens, device=device) - (lengths.cumsum(0) - lengths)[image]
+    keep = torch.empty(tokens, dtype=torch.bool, device=device)
+    keep[order] = rank < kept[image]
+    return keep
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def live_to_kept(live: int, ratio: float) -> int:
+    """Image tokens FastV keeps of ``live``: ceil((1 - ratio) * live), at least 1 (FastV, section 4.1).
+
+    The ratio counts as the decimal it was written as, so that 0.9 of 10 leaves 1, not 2.
+    """
+    return max(1, math.ceil((1 - Fraction(repr(float(ratio)))) * live))

@@ -1,0 +1,1 @@
+"""What vLLM's model registry loads."""

@@ -1,0 +1,210 @@
+"""LLaVA with merged and pruned image tokens, as a vLLM model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaImageEmbeddingInputs,
+    LlavaMultiModalProjector,
+    init_vision_tower_for_llava,
+)
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.sequence import IntermediateTensors
+
+from vllm_hybrid.config import HybridConfig
+from vllm_hybrid.frontend.processing_info import CheckingProcessor, HybridProcessingInfo
+from vllm_hybrid.method.row_plan import RowPlan, StepImages
+from vllm_hybrid.models.clip import encode_merged
+from vllm_hybrid.models.llama import HybridLlamaForCausalLM
+from vllm_hybrid.models.row_padding import by_blocks
+from vllm_hybrid.startup.settings import check_options, hybrid_config, num_patches
+
+# bf16 holds integers exactly only up to 256, so a patch's owner travels as two digits of this base.
+_OWNER_BASE = 128
+_OWNER_CHANNELS = 2
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    CheckingProcessor, info=HybridProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA-1.5 served with DyMU merging, virtual unmerging and FastV pruning.
+
+    With nothing switched on this is vLLM's own LLaVA. An image's encoder output has one row per patch,
+    as vLLM expects: the live tokens' features fill the first rows, and behind the features every row
+    carries the live token that owns *its* patch.
+    """
+
+    # The hub writes the tower's weights with "vision_model.", transformers 5 without.
+    hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
+        orig_to_new_prefix={
+            f"vision_tower.{part}.": f"vision_tower.vision_model.{part}."
+            for part in ("embeddings", "encoder", "pre_layrnorm", "post_layernorm")
+        }
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        hf_config = vllm_config.model_config.hf_config
+        hybrid = hybrid_config(hf_config)
+        if hybrid.active:
+            # Here too: engines without an API server of their own have no other place.
+            check_options(vllm_config)
+            self._init_reduced(vllm_config, prefix, hybrid)
+        else:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.hybrid = hybrid
+        self._images: StepImages | None = None
+        # Live tokens of the last step's images, by the address of their embeddings.
+        self._counts: dict[int, int] = {}
+
+    def _init_reduced(self, vllm_config: VllmConfig, prefix: str, hybrid: HybridConfig) -> None:
+        nn.Module.__init__(self)
+        config = vllm_config.model_config.hf_config
+        self.config = config
+        self.multimodal_config = vllm_config.model_config.multimodal_config
+        self.patches = num_patches(config)
+        self.configure_mm_token_handling(
+            vocab_size=config.text_config.vocab_size, mm_token_ids=[config.image_token_index]
+        )
+        with self._mark_tower_model(vllm_config, "image"):
+            self.vision_tower = init_vision_tower_for_llava(
+                config,
+                quant_config=vllm_config.quant_config,
+                require_post_norm=False,
+                prefix=maybe_prefix(prefix, "vision_tower"),
+            )
+            self.multi_modal_projector = LlavaMultiModalProjector(
+                vision_hidden_size=config.vision_config.hidden_size,
+                text_hidden_size=config.text_config.hidden_size,
+                projector_hidden_act=config.projector_hidden_act,
+                multimodal_projector_bias=config.multimodal_projector_bias,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "multi_modal_projector"),
+            )
+        with self._mark_language_model(vllm_config):
+            self.language_model = HybridLlamaForCausalLM(
+                vllm_config=vllm_config.with_hf_config(config.text_config),
+                prefix=maybe_prefix(prefix, "language_model"),
+                hybrid=hybrid,
+                patches=self.patches,
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        """Encode images.
+
+        Returns:
+            One tensor [patches, hidden + 2] per image: the live tokens' features in the first rows, zeros
+            below, and in the last two channels the owner of each patch. With nothing switched on,
+            vLLM's [patches, hidden].
+
+        """
+        if not self.hybrid.active:
+            return super().embed_multimodal(**kwargs)
+        image_input = self._parse_and_validate_image_input(**kwargs)
+        if image_input is None:
+            return []
+        if isinstance(image_input, LlavaImageEmbeddingInputs):
+            # Features computed elsewhere come unmerged, in the model's dtype (`ImageInput.embeddings`).
+            features = torch.stack(list(image_input["data"]))
+            owner = torch.arange(self.patches, device=features.device).expand(features.shape[0], -1)
+            return self._with_owners(features, owner)
+        merged = encode_merged(
+            self.vision_tower, image_input["pixel_values"], self.hybrid.thresholds or (), self.patches
+        )
+        projected = by_blocks(self.multi_modal_projector, merged.features)
+        features = projected.new_zeros(merged.owner.shape[0], self.patches, projected.shape[1])
+        features[merged.image, merged.rank] = projected
+        return self._with_owners(features, merged.owner)
+
+    def _with_owners(self, features: torch.Tensor, owner: torch.Tensor) -> Sequence[torch.Tensor]:
+        digits = torch.stack([owner // _OWNER_BASE, owner % _OWNER_BASE], dim=-1)
+        return list(torch.cat([features, digits.to(features.dtype)], dim=-1))
+
+    def _owners(self, embeddings: torch.Tensor) -> torch.Tensor:
+        high, low = embeddings[..., -_OWNER_CHANNELS:].long().unbind(-1)
+        return high * _OWNER_BASE + low
+
+    def live_counts(self, embeddings: Sequence[torch.Tensor]) -> list[int]:
+        """Live tokens of encoded images; those of the last step are known, others cost a round trip."""
+        unknown = [e for e in embeddings if e.data_ptr() not in self._counts]
+        if unknown:
+            owner = self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in unknown]))
+            read = (owner.amax(dim=1) + 1).tolist()
+            self._counts |= {e.data_ptr(): n for e, n in zip(unknown, read, strict=True)}
+        return [self._counts[e.data_ptr()] for e in embeddings]
+
+    def foreign_pages(self) -> torch.Tensor | None:
+        """Whose pages held another request's data in the last step; see :class:`HybridLlamaModel`."""
+        return self.language_model.model.foreign_pages() if self.hybrid.active else None
+
+    def watch_choices(self, watcher: Callable[[StepImages, RowPlan, RowPlan], None]) -> None:
+        """Have every step with images shown to a watcher: its images, its live rows, its kept rows."""
+        if self.hybrid.active:
+            self.language_model.model.watcher = watcher
+
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: MultiModalEmbeddings | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed a step's rows and remember its images for the forward pass that follows.
+
+        Raises:
+            RuntimeError: an image is not wholly inside the step, or an encoder output is none of
+                :meth:`embed_multimodal`, and so names no owners.
+
+        """
+        if not self.hybrid.active:
+            return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+        self._images, self._counts = None, {}
+        if multimodal_embeddings is None or len(multimodal_embeddings) == 0:
+            return super().embed_input_ids(input_ids, None, is_multimodal=is_multimodal)
+        assert is_multimodal is not None
+        sizes = {e.shape[0] for e in multimodal_embeddings}
+        if sizes != {self.patches}:
+            raise RuntimeError(
+                f"a step holds image pieces of {sorted(sizes)} rows, not whole images of {self.patches}; "
+                "the scheduler must not split images"
+            )
+        width = self.config.text_config.hidden_size + _OWNER_CHANNELS
+        widths = {e.shape[1] for e in multimodal_embeddings}
+        if widths != {width}:
+            raise RuntimeError(
+                f"a step holds encoder outputs of width {sorted(widths)}, not {width}: they do not say which "
+                "patches their rows own"
+            )
+        owner = self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in multimodal_embeddings]))
+        # Both runners hand the mask over on the host, so finding the images asks the device nothing.
+        first_rows = is_multimodal.nonzero()[:, 0].view(-1, self.patches)[:, 0].tolist()
+        self._images = StepImages.of(first_rows, owner)
+        self._counts = {
+            e.data_ptr(): n for e, n in zip(multimodal_embeddings, self._images.counts, strict=True)
+        }
+        features = [e[:, :-_OWNER_CHANNELS] for e in multimodal_embeddings]
+        return super().embed_input_ids(input_ids, features, is_multimodal=is_multimodal)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | IntermediateTensors:
+        if not self.hybrid.active:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        # Dummy runs call forward without embedding first, so nothing may be left for them to find.
+        images, self._images = self._images, None
+        return self.language_model.model(input_ids, positions, inputs_embeds, images)

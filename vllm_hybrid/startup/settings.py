@@ -1,0 +1,287 @@
+"""What the server's configuration must be for reduced image tokens, checked and set before it starts.
+
+vLLM calls :class:`HybridSettings` by architecture name. Whatever would give wrong answers is refused
+here in one sentence; what has to differ from vLLM's defaults is set here, and only where something is
+switched on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PretrainedConfig
+from vllm.config import CUDAGraphMode, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from vllm_hybrid.checkpoint.llava import ARCHITECTURE, check_format, check_shape, merging_layers, read_config
+from vllm_hybrid.checkpoint.weights import check_weights
+from vllm_hybrid.config import HybridConfig
+from vllm_hybrid.startup import overrides
+
+# vLLM shows what its own loggers and those below them say.
+logger = init_logger(f"vllm.{__name__}")
+
+DEFAULT_BLOCK_SIZE = 16
+FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
+RUST_FRONT_END = "VLLM_USE_RUST_FRONTEND"
+SCHEDULER = "vllm_hybrid.engine.scheduler.make_scheduler"
+WORKERS = {
+    "cpu": "vllm_hybrid.engine.cpu_worker.HybridCPUWorker",
+    "cuda": "vllm_hybrid.engine.cuda_worker.HybridCUDAWorker",
+}
+# Ways of loading that read safetensors files where there are any.
+CHECKED_FORMATS = ("auto", "hf", "safetensors")
+GRAPH_MODES = ("default", "NONE", "FULL_DECODE_ONLY")
+
+
+def num_patches(hf_config: PretrainedConfig) -> int:
+    """Patches, and so prompt positions, of one image."""
+    side = hf_config.vision_config.image_size // hf_config.vision_config.patch_size
+    return side * side
+
+
+def hybrid_config(hf_config: PretrainedConfig) -> HybridConfig:
+    """The checkpoint's (or --hf-overrides') ``hybrid`` section, validated.
+
+    Raises:
+        ValueError: a key or value is wrong; the message names it.
+
+    """
+    return HybridConfig.parse(
+        getattr(hf_config, "hybrid", None),
+        vision_layers=merging_layers(hf_config),
+        decoder_layers=hf_config.text_config.num_hidden_layers,
+    )
+
+
+class HybridSettings(VerifyAndUpdateConfig):
+    """vLLM's hooks for a model that needs its own configuration."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Let an override of the ``hybrid`` section change the keys that it names, and no others.
+
+        Raises:
+            ValueError: the override has an unknown key.
+
+        """
+        overrides.apply(model_config)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Check and complete the configuration.
+
+        Raises:
+            ValueError: the checkpoint or an option cannot be served; one sentence says which and why.
+
+        """
+        model_config = vllm_config.model_config
+        check_shape(model_config.hf_config)
+        hybrid = hybrid_config(model_config.hf_config)
+        check_files(vllm_config)
+        if current_platform.is_cuda():
+            sample_without_flashinfer()
+        if hybrid.active:
+            check_options(vllm_config)
+            _complete(vllm_config, hybrid)
+        logger.info("vllm-hybrid: %s", describe(hybrid, overrides.applied(model_config)))
+
+
+def check_files(vllm_config: VllmConfig) -> None:
+    """Refuse a checkpoint's folder whose files vLLM would fail on, or take for another model's.
+
+    A checkpoint that vLLM downloads is not there yet, and weights of other kinds than safetensors, or none,
+    are vLLM's own business.
+
+    Raises:
+        ValueError: the first fault, in one sentence.
+
+    """
+    model_config = vllm_config.model_config
+    source = Path(model_config.hf_config_path or model_config.model)
+    if source.is_dir():
+        # What an override calls the model counts, not what its configuration does.
+        served = {
+            "architectures": [model_config.architecture],
+            "model_type": model_config.hf_config.model_type,
+        }
+        check_format(source, read_config(source) | served)
+    folder = Path(model_config.model)
+    if vllm_config.load_config.load_format in CHECKED_FORMATS and any(folder.glob("*.safetensors")):
+        check_weights(folder, model_config.hf_config, quantised=model_config.quantization is not None)
+
+
+def sample_without_flashinfer() -> None:
+    """Have vLLM sample with its own kernels where FlashInfer is not installed.
+
+    vLLM's CUDA sampler imports FlashInfer, which not every installation has, unless
+    VLLM_USE_FLASHINFER_SAMPLER says otherwise; set here, all processes of the server inherit it.
+
+    Raises:
+        ValueError: the environment asks for FlashInfer's sampler, which is not there.
+
+    """
+    if importlib.util.find_spec("flashinfer") is not None:
+        return
+    # Not vLLM's view of the environment, which is frozen once an engine has run in this process.
+    asked = os.environ.setdefault(FLASHINFER_SAMPLER, "0")
+    if asked != "0":
+        raise ValueError(
+            f"{FLASHINFER_SAMPLER}={asked} asks for flashinfer, which is not installed; install "
+            "flashinfer-python or unset the variable"
+        )
+    logger.info("vllm-hybrid: flashinfer is not installed; vLLM's own kernels sample.")
+
+
+def _graph_mode(vllm_config: VllmConfig) -> str:
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return "default" if mode is None else mode.name
+
+
+def describe(hybrid: HybridConfig, overridden: Sequence[str] = ()) -> str:
+    """One line that says what is switched on, and what was overridden."""
+    parts = [] if hybrid.active else ["no merging, no pruning: vLLM's own LLaVA serves"]
+    if hybrid.merges:
+        level = f" (level {hybrid.level})" if hybrid.level else ""
+        parts.append(f"merging in the vision tower{level}, virtual unmerging")
+    if hybrid.prunes:
+        parts.append(
+            f"FastV pruning after layer {hybrid.fastv_layer} of {hybrid.fastv_ratio:g} of an image's tokens"
+        )
+    changes = f" Overridden: {'; '.join(overridden)}." if overridden else ""
+    return f"{', '.join(parts)}.{changes}"
+
+
+def reduces(vllm_config: VllmConfig) -> bool:
+    """Whether a configuration is of our architecture with anything switched on."""
+    model = vllm_config.model_config
+    return model is not None and model.architecture == ARCHITECTURE and hybrid_config(model.hf_config).active
+
+
+def check_options(vllm_config: VllmConfig) -> None:
+    """Refuse options that would be wrong with reduced image tokens.
+
+    :class:`HybridSettings` asks first, and an engine again once vLLM has decided everything.
+
+    Raises:
+        ValueError: an option cannot be served; one sentence says which and why.
+
+    """
+    for problem in unsupported_options(vllm_config, hybrid_config(vllm_config.model_config.hf_config)):
+        raise ValueError(problem)
+
+
+def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[str]:
+    """Every option that is set and would be wrong with reduced image tokens, a sentence each.
+
+    Some options name others, which vLLM sets only later, so both are looked at; and all are looked at again
+    when everything is decided (:func:`check_options`).
+    """
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    transfer = (vllm_config.kv_transfer_config, getattr(vllm_config, "ec_transfer_config", None))
+    refused = {
+        "LoRA adapters (--enable-lora)": vllm_config.lora_config is not None,
+        f"pipeline parallelism (--pipeline-parallel-size {parallel.pipeline_parallel_size})": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        "a disabled hybrid KV-cache manager (--disable-hybrid-kv-cache-manager)": bool(
+            scheduler.disable_hybrid_kv_cache_manager
+        ),
+        f"KV offloading (--kv-offloading-size {cache.kv_offloading_size})": (
+            cache.kv_offloading_size is not None
+        ),
+        "KV or encoder-cache transfer (--kv-transfer-config, --ec-transfer-config)": any(
+            t is not None for t in transfer
+        ),
+        "decode or prefill context parallelism": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "micro-batching (--enable-dbo, --ubatch-size)": bool(parallel.use_ubatching),
+        f"a quantised KV cache (--kv-cache-dtype {cache.cache_dtype})": cache.cache_dtype
+        not in ("auto", "float16", "bfloat16", "float32"),
+        "prompts given as embeddings (--enable-prompt-embeds)": bool(model.enable_prompt_embeds),
+        # Its requests reach the engine unchecked. vLLM's own view of the environment may be frozen.
+        f"vLLM's front end in Rust ({RUST_FRONT_END}=1)": os.environ.get(RUST_FRONT_END, "0")
+        not in ("", "0"),
+        "a server of encoded images (--mm-encoder-only)": bool(vllm_config.is_mm_encoder_only),
+        f"the {model.runner_type} runner (--runner)": model.runner_type != "generate",
+        "an encoder cache manager of your own (--ec-manager-config)": (
+            vllm_config.ec_manager_config.encoder_cache_manager_cls is not None
+        ),
+        f"a scheduler of your own (--scheduler-cls {scheduler.scheduler_cls})": scheduler.scheduler_cls
+        not in (None, SCHEDULER),
+        f"a worker of your own (--worker-cls {parallel.worker_cls})": parallel.worker_cls
+        not in ("auto", *WORKERS.values()),
+        f"the {current_platform.device_name} platform": not (
+            current_platform.is_cpu() or current_platform.is_cuda()
+        ),
+        "vLLM's V1 model runner on CUDA (VLLM_USE_V2_MODEL_RUNNER=0)": (
+            current_platform.is_cuda() and not vllm_config.use_v2_model_runner
+        ),
+        f"CUDA graphs of prefill steps (cudagraph_mode {_graph_mode(vllm_config)})": (
+            current_platform.is_cuda() and _graph_mode(vllm_config) not in GRAPH_MODES
+        ),
+        f"splitting prompts (--long-prefill-token-threshold {scheduler.long_prefill_token_threshold})": (
+            hybrid.prunes and scheduler.long_prefill_token_threshold > 0
+        ),
+    }
+    return [
+        f"{feature} is not supported with reduced image tokens; turn it off, or serve the full model with "
+        """--hf-overrides '{"hybrid": null}'"""
+        for feature, is_set in refused.items()
+        if is_set
+    ]
+
+
+def _complete(vllm_config: VllmConfig, hybrid: HybridConfig) -> None:
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    if not cache.user_specified_block_size:
+        # Only whole blocks inside a hole can be given back, so blocks should be small.
+        cache.block_size = DEFAULT_BLOCK_SIZE
+        cache.user_specified_block_size = True
+    # An image's hole is known only once all of it is there.
+    scheduler.disable_chunked_mm_input = True
+    _make_room_in_a_step(vllm_config, hybrid)
+    if current_platform.is_cuda():
+        # A step with images computes fewer rows than vLLM counts, which is what its other graphs go by.
+        if vllm_config.compilation_config.cudagraph_mode is None:
+            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        vllm_config.parallel_config.worker_cls = WORKERS["cuda"]
+    else:
+        vllm_config.parallel_config.worker_cls = WORKERS["cpu"]
+    scheduler.scheduler_cls = SCHEDULER
+
+
+def _make_room_in_a_step(vllm_config: VllmConfig, hybrid: HybridConfig) -> None:
+    """Raise limits under which what has to be computed in one step would wait for ever.
+
+    An image is computed in one step; where tokens are pruned so is a prompt with images, because FastV ranks
+    by its last position, and without chunked prefill any prompt. Beside it every running request may decode.
+    """
+    scheduler = vllm_config.scheduler_config
+    what, length = "an image", num_patches(vllm_config.model_config.hf_config)
+    if hybrid.prunes or not scheduler.enable_chunked_prefill:
+        what, length = "any prompt", vllm_config.model_config.max_model_len
+    room = length + scheduler.max_num_seqs
+    for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        _raise_limit(scheduler, name, room, f"{what} fits in one step")
+    if scheduler.long_prefill_token_threshold:
+        _raise_limit(scheduler, "long_prefill_token_threshold", length, f"{what} fits in one step")
+    scheduler.max_num_encoder_input_tokens = max(scheduler.max_num_encoder_input_tokens, room)
+    scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, room)
+
+
+def _raise_limit(scheduler: SchedulerConfig, name: str, least: int, purpose: str) -> None:
+    """Raise one of the scheduler's limits, and say so; one that is not set stays so."""
+    limit = getattr(scheduler, name)
+    if limit is None or limit >= least:
+        return
+    logger.info("vllm-hybrid: %s raised from %d to %d, so that %s.", name, limit, least, purpose)
+    setattr(scheduler, name, least)
