@@ -238,6 +238,21 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
+def test_a_folder_that_another_thread_makes_first_is_no_error(
+    tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = os.makedirs
+
+    def make_late(path: str, *args: Any, **kwargs: Any) -> None:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "makedirs", make_late)
+    manifest = packed(tree, tmp_path / "parts", 3000)
+    install.install(tmp_path / "parts", tmp_path / "target", manifest)
+    assert install.installed(tmp_path / "target", manifest)
+
+
 def test_what_is_installed_is_what_was_packed(tmp_path: Path, tree: Path) -> None:
     parts, target = tmp_path / "parts", tmp_path / "target"
     manifest = packed(tree, parts, 3000)

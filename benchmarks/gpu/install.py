@@ -77,9 +77,13 @@ def archives(joined: bytes, lengths: list[int]) -> Iterator[bytes]:
 
 
 def unpack(archive: bytes, folder: Path) -> None:
-    """One archive into a folder."""
+    """One archive into a folder, to which other threads unpack others."""
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r|xz") as tar:
-        tar.extractall(folder, filter="data")
+        for member in tar:
+            # tarfile looks whether a folder is there and then makes it; in between another thread may have.
+            safe = tarfile.data_filter(member, str(folder))
+            (folder / safe.name).parent.mkdir(parents=True, exist_ok=True)
+            tar.extract(member, folder, filter="data")
 
 
 def install(parts: Path, target: Path, manifest: dict[str, Any]) -> None:
