@@ -13,7 +13,7 @@ from benchmarks.accuracy.cases import FULL, OFFLINE, SERVER
 from benchmarks.accuracy.offline import Shown, at_random, fewer_after_the_choice, reading_order
 from benchmarks.accuracy.questions import CUT, Asked, counts, difference, held_out, shares
 from benchmarks.accuracy.report import insert, plot, result, summary, table, tokens_per_layer
-from training.prompts import Prompts
+from tools.demo_training.prompts import Prompts
 from vllm_hybrid.method.clip_tower import LiveTokens
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from benchmarks.calibration import UNSEEN_SERIES, rank_correlation, unseen_counts
-from training.tokenizer import sentences
-from training.tower_stage import HELD_OUT, TRAIN
+from tools.demo_training.tokenizer import sentences
+from tools.demo_training.tower_stage import HELD_OUT, TRAIN
 from vllm_hybrid.checkpoint.llava import load_config, load_tower, merging_layers
 from vllm_hybrid.config import HybridConfig
 from vllm_hybrid.demo.model import (

@@ -102,11 +102,11 @@ def test_a_failed_installation_fails_the_set_up_and_is_started_over(checkout: Ch
 
 
 def test_cpu_gaps_are_closed_on_a_cpu_only_and_devices_share_no_environment(checkout: Checkout) -> None:
-    assert "./packaging/vllm-metadata ./packaging/torchvision-operators" in checkout.set_up()
+    assert "./cpu_stand_ins/vllm-metadata ./cpu_stand_ins/torchvision-operators" in checkout.set_up()
     on_cuda = checkout.set_up(HYBRID_DEVICE="cuda")
     assert "venv" in on_cuda.splitlines()
     assert "-e .[cuda,dev]" in on_cuda
-    assert "packaging" not in on_cuda
+    assert "cpu_stand_ins" not in on_cuda
 
 
 def test_audio_libraries_are_replaced_only_where_they_cannot_be_imported(checkout: Checkout) -> None:
@@ -116,7 +116,7 @@ def test_audio_libraries_are_replaced_only_where_they_cannot_be_imported(checkou
     (importable / "torchcodec.py").write_text("raise OSError('built for CUDA')")
     recorded = checkout.set_up(PYTHONPATH=str(importable))
     assert "torchaudio-absent" not in recorded
-    assert "--force-reinstall ./packaging/torchcodec-absent" in recorded
+    assert "--force-reinstall ./cpu_stand_ins/torchcodec-absent" in recorded
 
 
 def test_a_given_torch_index_is_passed_on(checkout: Checkout) -> None:

@@ -13,21 +13,21 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from training.alignment import Words, alignment, shown_patches
-from training.batches import dense_batch
-from training.curriculum import Student
-from training.dense_labels import BACKGROUND, dense_labels
-from training.language_stage import Asking, LanguageLesson
-from training.lessons import Lesson, Pace
-from training.network import TowerFeatures, hub_weights, new_model, normalised
-from training.optimizer import Optimizer, rate_at
-from training.packed_decoder import PackedDecoder
-from training.prompts import NO_LOSS, Prompts, chat
-from training.questions import TASKS, Question, ask
-from training.run import Run
-from training.state import StateFolder
-from training.team import Team
-from training.tower_stage import TowerLesson
+from tools.demo_training.alignment import Words, alignment, shown_patches
+from tools.demo_training.batches import dense_batch
+from tools.demo_training.curriculum import Student
+from tools.demo_training.dense_labels import BACKGROUND, dense_labels
+from tools.demo_training.language_stage import Asking, LanguageLesson
+from tools.demo_training.lessons import Lesson, Pace
+from tools.demo_training.network import TowerFeatures, hub_weights, new_model, normalised
+from tools.demo_training.optimizer import Optimizer, rate_at
+from tools.demo_training.packed_decoder import PackedDecoder
+from tools.demo_training.prompts import NO_LOSS, Prompts, chat
+from tools.demo_training.questions import TASKS, Question, ask
+from tools.demo_training.run import Run
+from tools.demo_training.state import StateFolder
+from tools.demo_training.team import Team
+from tools.demo_training.tower_stage import TowerLesson
 from vllm_hybrid.demo.model import config, random_weights
 from vllm_hybrid.demo.scenes import COLOURS, KINDS, Scene, Thing, draw_scene
 
@@ -254,7 +254,7 @@ def _short_curriculum(student: Student, _: Prompts) -> list[Lesson]:
 def test_training_goes_on_where_it_ended(
     tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.run.curriculum", _short_curriculum)
+    monkeypatch.setattr("tools.demo_training.run.curriculum", _short_curriculum)
     whole, parts = StateFolder(tmp_path / "whole"), StateFolder(tmp_path / "parts")
     assert Run(whole, prompts, Team(), seed=3, minutes=1e9).finish()
     # Without any time, a run is one step long.

@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from training.measure import HEADLINE
-from training.prompts import chat
-from training.questions import TASKS, Question, ask
-from training.tower_stage import HELD_OUT
+from tools.demo_training.measure import HEADLINE
+from tools.demo_training.prompts import chat
+from tools.demo_training.questions import TASKS, Question, ask
+from tools.demo_training.tower_stage import HELD_OUT
 from vllm_hybrid.demo.scenes import draw_scene
 from vllm_hybrid.demo.tokenizer import IMAGE_ID
 

@@ -1,9 +1,10 @@
 """A small LLaVA-1.5-shaped checkpoint, made on the spot: what the server needs, without a download.
 
 Everything but the size is LLaVA-1.5's: a CLIP tower at 336 pixels with 576 patches, a two-layer projector, a
-Llama decoder, file layout, key names, prompt format. The weights ship with the package; ``training/`` made
-them, from scratch, on the pictures of :mod:`vllm_hybrid.demo.scenes`. Random ones, scaled so that attention
-is peaky and the answer depends on the picture, can take their place; their answers are words without sense.
+Llama decoder, file layout, key names, prompt format. The weights ship with the package;
+``tools/demo_training`` made them, from scratch, on the pictures of :mod:`vllm_hybrid.demo.scenes`. Random
+ones, scaled so that attention is peaky and the answer depends on the picture, can take their place; their
+answers are words without sense.
 """
 
 from __future__ import annotations

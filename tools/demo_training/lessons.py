@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from .batches import Batch
+from tools.demo_training.batches import Batch
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tools.demo_training.batches import Batch
+from tools.demo_training.dense_labels import BACKGROUND
+from tools.demo_training.prompts import Prompts
 from vllm_hybrid.demo.scenes import COLOURS, KINDS, kind_name
-
-from .batches import Batch
-from .dense_labels import BACKGROUND
-from .prompts import Prompts
 
 # Patches of one batch that are compared.
 _PATCHES = 256

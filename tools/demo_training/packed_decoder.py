@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from tools.demo_training.network import GRID
+from tools.demo_training.prompts import NO_LOSS, PADDING, text_start
 from vllm_hybrid.demo.model import PATCHES
-
-from .network import GRID
-from .prompts import NO_LOSS, PADDING, text_start
 
 _ATTENTION = "picture_and_blocks"
 
@@ -60,9 +59,9 @@ class PackedDecoder(nn.Module):
 
         Args:
             features: the tower's of the patches, float32 [batch, patches, width].
-            batch: of :meth:`training.prompts.Prompts.pack`, and two facts. "side", int64: squares of so many
-                patches a side are averaged; a token then stands for all of them, at their mean position.
-                "bare", bool: prompts begin without <s>, as those of vLLM's chats do.
+            batch: of :meth:`tools.demo_training.prompts.Prompts.pack`, and two facts. "side", int64: squares
+                of so many patches a side are averaged; a token then stands for all of them, at their mean
+                position. "bare", bool: prompts begin without <s>, as those of vLLM's chats do.
 
         Returns:
             Logits [targets, vocabulary], the targets int64 [targets], and the residual stream half way up of

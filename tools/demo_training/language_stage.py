@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tools.demo_training.alignment import Words, alignment, shown_patches
+from tools.demo_training.batches import Batch, dense_batch
+from tools.demo_training.finder import Finder
+from tools.demo_training.lessons import Pace
+from tools.demo_training.network import TowerFeatures, normalised
+from tools.demo_training.packed_decoder import PackedDecoder
+from tools.demo_training.prompts import NO_LOSS, Prompts
+from tools.demo_training.questions import TASKS, ask
+from tools.demo_training.tower_stage import HELD_OUT
 from vllm_hybrid.demo.scenes import draw_scene
-
-from .alignment import Words, alignment, shown_patches
-from .batches import Batch, dense_batch
-from .finder import Finder
-from .lessons import Pace
-from .network import TowerFeatures, normalised
-from .packed_decoder import PackedDecoder
-from .prompts import NO_LOSS, Prompts
-from .questions import TASKS, ask
-from .tower_stage import HELD_OUT
 
 _EXAM_BATCHES = 6
 # Batches whose prompts begin without <s>: transformers puts it there, vLLM's chats leave it out.

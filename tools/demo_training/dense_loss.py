@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tools.demo_training.batches import Batch
+from tools.demo_training.dense_labels import BACKGROUND, COLOUR_CLASSES, KIND_CLASSES
 from vllm_hybrid.demo.model import PATCH_SIZE, VISION_WIDTH
 from vllm_hybrid.demo.scenes import PLACES
-
-from .batches import Batch
-from .dense_labels import BACKGROUND, COLOUR_CLASSES, KIND_CLASSES
 
 # Background patches are many and easy.
 _BACKGROUND_WEIGHT = 0.2
@@ -41,7 +40,7 @@ class DenseHeads(nn.Module):
 
         Args:
             features: [batch, 1 + patches, width].
-            batch: of :func:`training.batches.dense_batch`.
+            batch: of :func:`tools.demo_training.batches.dense_batch`.
             pixels: float32 [batch, 3, side, side], normalised.
 
         Returns:

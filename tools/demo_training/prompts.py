@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tools.demo_training.questions import TASKS, Question
 from vllm_hybrid.demo.model import PATCHES
 from vllm_hybrid.demo.scenes import PLACES
 from vllm_hybrid.demo.tokenizer import IMAGE_ID, write_tokenizer
-
-from .questions import TASKS, Question
 
 NO_LOSS = -100
 PADDING = -1
@@ -105,7 +104,8 @@ class Prompts:
                 described[row, end + block.described : end + block.answer] = True
                 cells[row, end : end + size, question.cells] = 1
                 end += size
-        made = {"ids": ids, "positions": positions, "blocks": blocks, "targets": targets, "tasks": tasks}
+        made: dict[str, np.ndarray] = {"ids": ids, "positions": positions, "blocks": blocks}
+        made |= {"targets": targets, "tasks": tasks}
         made |= {"described": described, "cells": cells}
         return {name: torch.from_numpy(array) for name, array in made.items()}
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tools.demo_training.curriculum import Student
+from tools.demo_training.network import hub_weights
+from tools.demo_training.state import StateFolder
 from vllm_hybrid.demo.model import Weights, write_demo_model
-
-from .curriculum import Student
-from .network import hub_weights
-from .state import StateFolder
 
 
 def trained_weights(folder: StateFolder) -> Weights:

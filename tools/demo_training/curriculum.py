@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from .dense_loss import DenseHeads
-from .finder import Finder
-from .language_stage import Asking, LanguageLesson
-from .lessons import Lesson, Pace
-from .network import new_model
-from .prompts import Prompts
-from .tower_stage import TowerLesson
+from tools.demo_training.dense_loss import DenseHeads
+from tools.demo_training.finder import Finder
+from tools.demo_training.language_stage import Asking, LanguageLesson
+from tools.demo_training.lessons import Lesson, Pace
+from tools.demo_training.network import new_model
+from tools.demo_training.prompts import Prompts
+from tools.demo_training.tower_stage import TowerLesson
 
 
 class Student:

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from tools.demo_training.tower_start import GRID, start_tower
 from vllm_hybrid.demo.model import Weights, config
-
-from .tower_start import GRID, start_tower
 
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
 def new_model(seed: int) -> Any:
-    """The untrained model in float32, its tower set by :mod:`training.tower_start`."""
+    """The untrained model in float32, its tower set by :mod:`tools.demo_training.tower_start`."""
     torch.manual_seed(seed)
     settings = {name: value for name, value in config(None).items() if name != "hybrid"}
     model = LlavaForConditionalGeneration(LlavaConfig(**settings)).float()

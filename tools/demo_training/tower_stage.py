@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tools.demo_training.batches import Batch, dense_batch
+from tools.demo_training.dense_loss import DenseHeads
+from tools.demo_training.lessons import Pace
+from tools.demo_training.network import GRID, TowerFeatures, normalised
 from vllm_hybrid.demo.scenes import draw_scene
-
-from .batches import Batch, dense_batch
-from .dense_loss import DenseHeads
-from .lessons import Pace
-from .network import GRID, TowerFeatures, normalised
 
 TRAIN, HELD_OUT = 1, 2
 _EXAM_BATCHES = 3

@@ -1,4 +1,7 @@
-"""Train from scratch, stage after stage, resuming where it ended: python -m training.run --state DIR."""
+"""Train from scratch, stage after stage, resuming where it ended.
+
+python -m tools.demo_training.run --state DIR
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from typing import Any
 
 import torch
 
-from .batches import batches
-from .curriculum import Student, curriculum
-from .finish import finish
-from .lessons import Lesson
-from .optimizer import Optimizer, rate_at
-from .prompts import Prompts
-from .state import StateFolder
-from .team import Team, run_team
-from .tower_stage import TRAIN
+from tools.demo_training.batches import batches
+from tools.demo_training.curriculum import Student, curriculum
+from tools.demo_training.finish import finish
+from tools.demo_training.lessons import Lesson
+from tools.demo_training.optimizer import Optimizer, rate_at
+from tools.demo_training.prompts import Prompts
+from tools.demo_training.state import StateFolder
+from tools.demo_training.team import Team, run_team
+from tools.demo_training.tower_stage import TRAIN
 
 _LOG_EVERY, _EXAM_EVERY, _SAVE_EVERY = 25, 100, 120.0
 # A step that took longer was stopped by somebody and does not count as work.
@@ -157,7 +160,9 @@ def train(state: Path, minutes: float, processes: int, seed: int) -> bool:
 def main() -> None:
     """Read the command line, train, and at the end measure and export."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--state", type=Path, default=Path("training/state"), help="checkpoint and log")
+    parser.add_argument(
+        "--state", type=Path, default=Path("tools/demo_training/state"), help="checkpoint and log"
+    )
     parser.add_argument("--minutes", type=float, default=1e9, help="of work, then save and end")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each; changes the batches")
     parser.add_argument("--seed", type=int, default=0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .team import Team
+from tools.demo_training.team import Team
 
 # Muon's steps are scaled to the size of AdamW's, so that one rate serves both.
 _ADAMW_SHARE = 0.4

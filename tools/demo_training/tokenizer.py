@@ -1,4 +1,4 @@
-"""The tokenizer's training, on sentences about pictures: python -m training.tokenizer FILE."""
+"""The tokenizer's training, on sentences about pictures: python -m tools.demo_training.tokenizer FILE."""
 
 from __future__ import annotations
 

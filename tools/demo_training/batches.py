@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from tools.demo_training.dense_labels import dense_labels
 from vllm_hybrid.demo.scenes import Scene
-
-from .dense_labels import dense_labels
 
 Batch = dict[str, Tensor]
 

@@ -1,4 +1,6 @@
-"""Exact answers by task on held-out pictures, all patches seen: python -m training.measure CHECKPOINT.
+"""Exact answers by task on held-out pictures, all patches seen.
+
+    python -m tools.demo_training.measure CHECKPOINT
 
 An answer is exact if each of its tokens, and the end, is the likeliest one after those before it: then it
 would be written so, without sampling.
@@ -13,13 +15,13 @@ from typing import Any
 
 import torch
 
-from .batches import Batch
-from .language_stage import examine, questions_on_scenes
-from .network import TowerFeatures
-from .packed_decoder import PackedDecoder
-from .prompts import Prompts
-from .questions import TASKS
-from .tower_stage import HELD_OUT
+from tools.demo_training.batches import Batch
+from tools.demo_training.language_stage import examine, questions_on_scenes
+from tools.demo_training.network import TowerFeatures
+from tools.demo_training.packed_decoder import PackedDecoder
+from tools.demo_training.prompts import Prompts
+from tools.demo_training.questions import TASKS
+from tools.demo_training.tower_stage import HELD_OUT
 
 # Held-out pictures that no look during training has seen either.
 _SERIES = 1000

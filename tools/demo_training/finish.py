@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from .export import export
-from .measure import report
-from .state import StateFolder
+from tools.demo_training.export import export
+from tools.demo_training.measure import report
+from tools.demo_training.state import StateFolder
 
 _PICTURES, _BLANK_PICTURES = 400, 100
 
