@@ -17,12 +17,14 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.gpu import first_run, publishing, smoke, trace_table
-from benchmarks.gpu.cases import UNLIMITED_S
-from benchmarks.gpu.cells import KINDS
-from benchmarks.gpu.model import SIZES
-from benchmarks.gpu.processes import ProcessFailed
-from benchmarks.gpu.results import Results
+from benchmarks.gpu import first_run
+from benchmarks.gpu.running import publishing
+from benchmarks.gpu.running.cases import UNLIMITED_S
+from benchmarks.gpu.running.processes import ProcessFailed
+from benchmarks.gpu.running.results import Results
+from benchmarks.gpu.speed import smoke, trace_table
+from benchmarks.gpu.speed.cells import KINDS
+from benchmarks.gpu.speed.model import SIZES
 from tests.model_infos import share_model_infos
 
 REPO = Path(__file__).parents[1]
@@ -305,14 +307,14 @@ def test_a_script_that_fails_is_named_and_ends_nothing(
     assert "no time left for late" in capsys.readouterr().out
 
 
-# Stands for kernels.py and checking.py: notes its options and has one case that agrees and one that does not.
+# Stands for the scripts of kernels and checks: notes its options and has one case that agrees and one not.
 STUB = """
 import json, sys
 from pathlib import Path
 options = sys.argv[1:]
 out = Path(options[options.index("--out") + 1])
 with (out.parent / "asked").open("a") as file:
-    print(Path(sys.argv[0]).name, *options, file=file)
+    print(Path(sys.argv[0]).parent.name, *options, file=file)
 print("what the script itself prints")
 cells = {"check: good": {"agrees": {"all": True}}, "check: bad": {"agrees": {"bits": False}}}
 if "--time-only" in options:
@@ -330,7 +332,8 @@ def test_the_checks_of_correct_are_shown_as_far_as_they_came(
 ) -> None:
     monkeypatch.setattr(first_run, "end_descendants", lambda: None)
     monkeypatch.setattr(first_run, "HERE", tmp_path)
-    for script in ("kernels.py", "checking.py"):
+    for script in ("kernels/run.py", "checks/run.py"):
+        (tmp_path / script).parent.mkdir()
         (tmp_path / script).write_text(STUB)
     work = tmp_path / "work"
     work.mkdir()
@@ -339,7 +342,7 @@ def test_the_checks_of_correct_are_shown_as_far_as_they_came(
     publisher = publishing.Publisher(work, tmp_path, None, str)
     first_run.correct(first_run.Stage(args, work, time.time() + UNLIMITED_S, publisher))
     asked = [line.split() for line in (work / "asked").read_text().splitlines()]
-    assert [line[0] for line in asked] == ["kernels.py", "checking.py", "kernels.py"]
+    assert [line[0] for line in asked] == ["kernels", "checks", "kernels"]
     assert "--check-only" in asked[0] and "--time-only" in asked[2]
     for line in asked:
         assert {"--again", "--tiny", "c0ffee"} <= set(line)

@@ -22,12 +22,14 @@ import torch
 from transformers import AutoImageProcessor
 
 from benchmarks.checkpoint import picture
-from benchmarks.gpu import bench, cost_model, measuring, one_at_a_time, prepared, processes, tables
-from benchmarks.gpu.cases import UNLIMITED_S
-from benchmarks.gpu.cells import FULL, LOADS, TINY, UNMERGED, Engine, arrivals_at, cells_of, engines_of
-from benchmarks.gpu.model import SIZES, seeded_tower, tower_file, tower_weights, write_folder
-from benchmarks.gpu.processes import Measuring, ProcessFailed, last_error, lines_of
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.prediction import cost_model
+from benchmarks.gpu.running import processes
+from benchmarks.gpu.running.cases import UNLIMITED_S
+from benchmarks.gpu.running.processes import Measuring, ProcessFailed, last_error, lines_of
+from benchmarks.gpu.running.results import Results
+from benchmarks.gpu.speed import bench, measuring, one_at_a_time, prepared, tables
+from benchmarks.gpu.speed.cells import FULL, LOADS, TINY, UNMERGED, Engine, arrivals_at, cells_of, engines_of
+from benchmarks.gpu.speed.model import SIZES, seeded_tower, tower_file, tower_weights, write_folder
 from tests.model_infos import share_model_infos
 
 REPO = Path(__file__).parents[1]
@@ -275,7 +277,7 @@ def test_all_that_a_measuring_process_started_ends_with_it(tmp_path: Path) -> No
 def test_a_measuring_process_answers_what_it_is_asked(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from benchmarks.gpu.answering import Answers, questions\n"
+        "from benchmarks.gpu.running.answering import Answers, questions\n"
         "answers = Answers()\n"
         "print('CELL not an answer: it goes to the log')\n"
         "for asked in questions():\n"
@@ -341,7 +343,7 @@ class PretendSupply:
 
 
 def driver_of(engine: PretendEngine) -> Any:
-    from benchmarks.gpu.driving import Driver
+    from benchmarks.gpu.speed.driving import Driver
 
     supply: Any = PretendSupply()
     return Driver(engine, supply)
@@ -406,7 +408,7 @@ def test_prepared_requests_are_what_vllm_makes_of_them(
     from vllm.renderers import renderer_from_config
     from vllm.renderers.inputs.preprocess import parse_model_prompt
 
-    from benchmarks.gpu.serving import engine_options
+    from benchmarks.gpu.speed.serving import engine_options
 
     folder = write_folder(tmp_path / "model", SIZES["tiny"])
     plan = bench.plan_of(run_of(tmp_path, folder=folder), Engine("stock"), 1)
@@ -435,7 +437,7 @@ def test_prepared_requests_are_what_vllm_makes_of_them(
 
 
 def test_only_stock_on_triton_is_held_to_an_attention_backend(tmp_path: Path) -> None:
-    from benchmarks.gpu.serving import engine_options
+    from benchmarks.gpu.speed.serving import engine_options
 
     run = run_of(tmp_path, cuda=True, eager=False)
     for engine in (Engine("stock"), Engine("stock_triton"), Engine("off"), Engine("hybrid", 0.5, (90,))):
@@ -455,7 +457,7 @@ def test_only_stock_on_triton_is_held_to_an_attention_backend(tmp_path: Path) ->
 
 def test_every_engine_keeps_the_same_share_of_the_pool_free(tmp_path: Path) -> None:
     """What stock lets in on its prompts alone then fits at its full length, in mixed and in burst."""
-    from benchmarks.gpu.serving import engine_options
+    from benchmarks.gpu.speed.serving import engine_options
 
     run = run_of(tmp_path, cuda=True)
     kinds = (Engine("stock"), Engine("stock_triton"), Engine("off"), Engine("hybrid", 0.5, (90,)))
@@ -471,7 +473,7 @@ def test_every_engine_keeps_the_same_share_of_the_pool_free(tmp_path: Path) -> N
 
 
 def test_torch_s_own_attention_comes_first_for_stock_on_triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.gpu import serving
+    from benchmarks.gpu.speed import serving
 
     for kind in ("stock", "off", "hybrid", "stock_triton"):
         monkeypatch.setattr(serving.os, "environ", {})
@@ -585,7 +587,7 @@ def test_transformers_at_toy_size(tmp_path: Path) -> None:
 
 
 def test_a_gpu_is_needed_for_anything_but_the_toy_size(tmp_path: Path) -> None:
-    for script, more in (("bench.py", []), ("first_run.py", ["--stage", "smoke"])):
+    for script, more in (("speed/bench.py", []), ("first_run.py", ["--stage", "smoke"])):
         command = [sys.executable, str(REPO / "benchmarks" / "gpu" / script)]
         done = subprocess.run(
             [*command, "--out", str(tmp_path / "out"), *more],

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import bundle, fatbin, install, install_check, model, thresholds
-from benchmarks.gpu.cases import UNLIMITED_S
+from benchmarks.gpu.offline import bundle, fatbin, install, install_check
+from benchmarks.gpu.running.cases import UNLIMITED_S
+from benchmarks.gpu.speed import model, thresholds
 
 REPO = Path(__file__).parents[1]
 
@@ -176,7 +177,7 @@ def test_the_host_is_held_to_the_bounds_of_what_is_carried() -> None:
 
 def test_sources_for_the_check_and_the_benchmark_are_carried(tmp_path: Path) -> None:
     bundle.copy_sources(tmp_path / "source")
-    for file in (install.CHECK, install.FIRST_RUN, Path("source/benchmarks/gpu/thresholds.json")):
+    for file in (install.CHECK, install.FIRST_RUN, Path("source/benchmarks/gpu/speed/thresholds.json")):
         assert (tmp_path / file).is_file()
     assert (tmp_path / "source" / "tests" / "engines.py").is_file()
     assert {"typer", "rich"} <= set(bundle.project_requirements())
@@ -325,7 +326,7 @@ def test_the_installed_tree_keeps_entry_points(tmp_path: Path, slim: Path) -> No
 CHECKS = """
 import sys
 sys.path.insert(0, {repo!r})
-from benchmarks.gpu import install_check
+from benchmarks.gpu.offline import install_check
 install_check.MODULES = {modules!r}
 install_check.plugin_is_found = lambda: None
 install_check.main()

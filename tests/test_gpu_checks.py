@@ -17,30 +17,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import cases, check_requests, checking, kernel_calls, kernels
-from benchmarks.gpu.case_tables import state
-from benchmarks.gpu.cases import UNLIMITED_S, Case, Record, Runner, drive
-from benchmarks.gpu.check_compare import (
-    TOLERANCES,
-    Answer,
-    Comparison,
-    Look,
-    NotingReference,
-    same_answers,
-)
-from benchmarks.gpu.check_watch import Steps
-from benchmarks.gpu.kernel_checks import errors, verdict
-from benchmarks.gpu.kernel_floors import floors
-from benchmarks.gpu.kernel_plan import checked_scenes
-from benchmarks.gpu.kernel_sanitizer import findings, sanitize
-from benchmarks.gpu.kernel_scenes import (
-    ROWS_PER_BLOCK,
-    Heads,
-    SceneShape,
-    make_scene,
-    reference_results,
-)
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.checks import asked, run
+from benchmarks.gpu.checks.compare import TOLERANCES, Answer, Comparison, Look, NotingReference, same_answers
+from benchmarks.gpu.checks.watch import Steps
+from benchmarks.gpu.kernels import calls
+from benchmarks.gpu.kernels import run as kernel_run
+from benchmarks.gpu.kernels.checks import errors, verdict
+from benchmarks.gpu.kernels.floors import floors
+from benchmarks.gpu.kernels.plan import checked_scenes
+from benchmarks.gpu.kernels.sanitizer import findings, sanitize
+from benchmarks.gpu.kernels.scenes import ROWS_PER_BLOCK, Heads, SceneShape, make_scene, reference_results
+from benchmarks.gpu.running import cases
+from benchmarks.gpu.running.cases import UNLIMITED_S, Case, Record, Runner, drive
+from benchmarks.gpu.running.results import Results
+from benchmarks.gpu.running.tables import state
 from tests.engines import Served
 from vllm_hybrid.attention import reference as oracle
 
@@ -175,7 +165,7 @@ def test_a_second_run_of_other_bits_disagrees() -> None:
 
 
 def test_unwritten_memory_holds_no_number() -> None:
-    with kernel_calls.poisoned_memory():
+    with calls.poisoned_memory():
         assert bool(torch.empty(3, 5).isnan().all())
         assert bool(torch.ones(2).new_empty(7).isnan().all()) and bool(
             torch.empty_like(torch.ones(2)).isnan().all()
@@ -187,7 +177,7 @@ def test_unwritten_memory_holds_no_number() -> None:
 @pytest.mark.slow
 def test_kernels_are_checked_and_timed_through_the_interpreter(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
-    done = run_script("kernels.py", "--tiny", "--seed", "7", "--out", str(out))
+    done = run_script("kernels/run.py", "--tiny", "--seed", "7", "--out", str(out))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     content = json.loads(out.read_text())
     checked = {key: cell for key, cell in content["cells"].items() if key.startswith("check: ")}
@@ -200,7 +190,7 @@ def test_kernels_are_checked_and_timed_through_the_interpreter(tmp_path: Path) -
     assert "check: agrees in all 4 scenes" in done.stdout
 
 
-@pytest.mark.parametrize("module", [kernels, checking])
+@pytest.mark.parametrize("module", [kernel_run, run])
 def test_a_gpu_is_needed_for_anything_but_the_toy_size(
     module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,7 +223,7 @@ def test_what_a_sanitizer_found() -> None:
 
 
 def test_a_sanitizer_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.gpu.kernel_sanitizer.program", lambda: None)
+    monkeypatch.setattr("benchmarks.gpu.kernels.sanitizer.program", lambda: None)
     found = sanitize("memcheck", tmp_path / "kernels.py", 1, tmp_path / "log", time.time() + UNLIMITED_S)
     assert state(found) == "not run: compute-sanitizer is not installed"
 
@@ -242,7 +232,7 @@ def test_a_sanitizer_without_a_verdict_failed(tmp_path: Path, monkeypatch: pytes
     script = tmp_path / "compute-sanitizer"
     script.write_text("#!/bin/sh\necho 'ValueError: no such device' >&2\nexit 3\n")
     script.chmod(0o755)
-    monkeypatch.setattr("benchmarks.gpu.kernel_sanitizer.program", lambda: str(script))
+    monkeypatch.setattr("benchmarks.gpu.kernels.sanitizer.program", lambda: str(script))
     found = sanitize(
         "memcheck", tmp_path / "kernels.py", 1, tmp_path / "memcheck.log", time.time() + UNLIMITED_S
     )
@@ -259,7 +249,7 @@ def test_answers_that_are_wrong_under_a_sanitizer_disagree(
         """echo 'CELL {"scenes": 3, "scenes_agree": false}'\n"""
     )
     program.chmod(0o755)
-    monkeypatch.setattr("benchmarks.gpu.kernel_sanitizer.program", lambda: str(program))
+    monkeypatch.setattr("benchmarks.gpu.kernels.sanitizer.program", lambda: str(program))
     found = sanitize(
         "initcheck", tmp_path / "kernels.py", 1, tmp_path / "initcheck.log", time.time() + UNLIMITED_S
     )
@@ -271,8 +261,8 @@ def test_answers_that_are_wrong_under_a_sanitizer_disagree(
 CHILD = """
 import json, os, sys, time
 sys.path.insert(0, {repo!r})
-from benchmarks.gpu.answering import Answers
-from benchmarks.gpu.cases import Case, run_all
+from benchmarks.gpu.running.answering import Answers
+from benchmarks.gpu.running.cases import Case, run_all
 
 def run(key):
     if key == "raises":
@@ -398,11 +388,11 @@ def test_nothing_begins_that_cannot_end(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> NotingReference:
-    folder = check_requests.checkpoint(tmp_path_factory.mktemp("checks"))
-    return NotingReference(folder, check_requests.section(0.5))
+    folder = asked.checkpoint(tmp_path_factory.mktemp("checks"))
+    return NotingReference(folder, asked.section(0.5))
 
 
-ASK = check_requests.CASES["alone"].asks()[0]
+ASK = asked.CASES["alone"].asks()[0]
 TOKENS = 3
 
 
@@ -500,17 +490,15 @@ def test_a_condition_that_did_not_happen_is_said() -> None:
 
 
 def test_no_decision_of_the_requests_is_a_matter_of_rounding(reference: NotingReference) -> None:
-    served = Served(None, reference, check_requests.section(0.5))
-    asks = {
-        ask.text + str([id(i) for i in ask.images]): ask for ask in check_requests.CASES["together"].asks()
-    }
-    asks |= {str(i): ask for i, ask in enumerate(check_requests.CASES["two pictures"].asks())}
+    served = Served(None, reference, asked.section(0.5))
+    asks = {ask.text + str([id(i) for i in ask.images]): ask for ask in asked.CASES["together"].asks()}
+    asks |= {str(i): ask for i, ask in enumerate(asked.CASES["two pictures"].asks())}
     assert len(asks) == 7
     assert all(served.is_decided(ask) for ask in asks.values())
 
 
 def test_no_picture_stands_in_two_requests_of_a_case() -> None:
-    for case in check_requests.CASES.values():
+    for case in asked.CASES.values():
         shown = [picture for own in case.pictures for picture in own]
         assert len(shown) == len(set(shown))
 
@@ -553,7 +541,7 @@ def test_steps_are_counted_by_what_they_are_made_of() -> None:
 def test_an_engine_is_checked_under_mixed_steps_and_preemption(tmp_path: Path) -> None:
     out = tmp_path / "checks.json"
     arguments = ["--tiny", "--engines", "float32", "--cases", "mixed,preempted", "--out", str(out)]
-    done = run_script("checking.py", *arguments)
+    done = run_script("checks/run.py", *arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     cells = json.loads(out.read_text())["cells"]
     assert set(cells) == {"float32-eager-R0.5: mixed", "float32-eager-R0.5: preempted"}
@@ -568,7 +556,7 @@ def test_an_engine_is_checked_under_mixed_steps_and_preemption(tmp_path: Path) -
 
 @pytest.mark.skipif(NO_GPU, reason="needs a CUDA device: kernels compiled, not interpreted")
 def test_kernels_on_a_gpu(tmp_path: Path) -> None:
-    done = run_script("kernels.py", "--check-only", "--out", str(tmp_path / "kernels.json"))
+    done = run_script("kernels/run.py", "--check-only", "--out", str(tmp_path / "kernels.json"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     cells = json.loads((tmp_path / "kernels.json").read_text())["cells"]
     assert {state(cells[f"check: {name}"]) for name in checked_scenes(tiny=False)} == {"agrees"}, done.stdout
@@ -576,9 +564,9 @@ def test_kernels_on_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(NO_GPU, reason="needs a CUDA device: the engines' answers on it")
 @pytest.mark.engine
-@pytest.mark.parametrize("engine", checking.ENGINES, ids=lambda engine: engine.name)
-def test_answers_on_a_gpu(engine: checking.Engine, tmp_path: Path) -> None:
-    done = run_script("checking.py", "--engines", engine.name, "--out", str(tmp_path / "checks.json"))
+@pytest.mark.parametrize("engine", run.ENGINES, ids=lambda engine: engine.name)
+def test_answers_on_a_gpu(engine: run.Engine, tmp_path: Path) -> None:
+    done = run_script("checks/run.py", "--engines", engine.name, "--out", str(tmp_path / "checks.json"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     cells = json.loads((tmp_path / "checks.json").read_text())["cells"]
     assert len(cells) == len(engine.cases())

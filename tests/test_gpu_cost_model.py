@@ -12,8 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks.gpu import cost_model, predictions, tower_attention
-from benchmarks.gpu.cost_model import (
+from benchmarks.gpu.kernels import tower_attention
+from benchmarks.gpu.prediction import cost_model, predictions
+from benchmarks.gpu.prediction.cost_model import (
     STOCK,
     STOCK_TRITON,
     Engine,

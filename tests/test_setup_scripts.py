@@ -37,7 +37,7 @@ class Checkout:
         self.record = root / "record"
         for name in ("setup_hybrid.sh", "pyproject.toml"):
             shutil.copy(ROOT / name, self.tree)
-        for name in ("packaging", "scripts"):
+        for name in ("cpu_stand_ins", "scripts"):
             shutil.copytree(ROOT / name, self.tree / name)
         self.python = self.executable(
             root / "python", RECORDING_PYTHON.format(bash=shutil.which("bash"), python=sys.executable)

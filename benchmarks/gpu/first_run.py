@@ -29,19 +29,22 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
-from benchmarks.gpu import bench, check_tables, facts, kernel_tables, tables  # noqa: E402
-from benchmarks.gpu.case_tables import state  # noqa: E402
-from benchmarks.gpu.cases import TRIES  # noqa: E402
-from benchmarks.gpu.cells import FULL, KINDS, TINY, Engine  # noqa: E402
-from benchmarks.gpu.processes import (  # noqa: E402
+from benchmarks.gpu.checks import tables as check_tables  # noqa: E402
+from benchmarks.gpu.kernels import tables as kernel_tables  # noqa: E402
+from benchmarks.gpu.running import facts  # noqa: E402
+from benchmarks.gpu.running.cases import TRIES  # noqa: E402
+from benchmarks.gpu.running.processes import (  # noqa: E402
     ProcessFailed,
     end_descendants,
     end_tree,
     last_error,
     lines_of,
 )
-from benchmarks.gpu.publishing import Publisher, sizes, take_back  # noqa: E402
-from benchmarks.gpu.results import Results, begin  # noqa: E402
+from benchmarks.gpu.running.publishing import Publisher, sizes, take_back  # noqa: E402
+from benchmarks.gpu.running.results import Results, begin  # noqa: E402
+from benchmarks.gpu.running.tables import head, state  # noqa: E402
+from benchmarks.gpu.speed import bench, tables  # noqa: E402
+from benchmarks.gpu.speed.cells import FULL, KINDS, TINY, Engine  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 # Seconds before its end at which a stage's work is over, and at which it is ended by force.
@@ -105,7 +108,7 @@ def kinds_of(args: argparse.Namespace) -> list[str]:
 
 def smoke(stage: Stage) -> None:
     """Start every kind of engine on two layers; measure the device's ceilings."""
-    from benchmarks.gpu import smoke as starting
+    from benchmarks.gpu.speed import smoke as starting
 
     results = stage.results("smoke")
     library = facts.library()
@@ -129,7 +132,7 @@ def start_preparing(stage: Stage) -> subprocess.Popen[str]:
     """Make model folder, tower, pictures and thresholds of the later stages while engines start."""
     scale = "TINY" if stage.args.tiny else "FULL"
     lives = stage.args.lives or bench.LIVES
-    code = "import sys; from pathlib import Path; from benchmarks.gpu import bench, cells; "
+    code = "import sys; from pathlib import Path; from benchmarks.gpu.speed import bench, cells; "
     code += f"bench.prepare(cells.{scale}, Path(sys.argv[1]), [int(n) for n in sys.argv[2].split(',')])"
     with (stage.work / "prepare.log").open("w") as log:
         return subprocess.Popen(
@@ -145,8 +148,8 @@ def correct(stage: Stage) -> None:
     """Kernels against plain torch, engines against the tests' reference, then times of kernels."""
     began = stage.left_s
     more = ["--again", "--commit", stage.args.commit or facts.commit()]
-    kernels = ["kernels.py", "--out", str(stage.work / "kernels.json"), *more]
-    checking = ["checking.py", "--out", str(stage.work / "checking.json"), *more]
+    kernels = ["kernels/run.py", "--out", str(stage.work / "kernels.json"), *more]
+    checking = ["checks/run.py", "--out", str(stage.work / "checking.json"), *more]
     script(stage, "kernels-check", [*kernels, "--check-only"], KERNELS_SHARE * began)
     script(stage, "checking", checking, stage.left_s)
     script(stage, "kernels-time", [*kernels, "--time-only"], stage.left_s)
@@ -240,7 +243,7 @@ def _profile_engine(stage: Stage, results: Results, engine: Engine, prompts: int
         "requests": 2 if tiny else 64,
     }
     log = stage.work / f"profile-{engine.kind}.log"
-    command = [sys.executable, str(HERE / "profiling.py"), str(folder), json.dumps(plan)]
+    command = [sys.executable, str(HERE / "speed" / "profiling.py"), str(folder), json.dumps(plan)]
     print(f"profiling {engine.kind}", flush=True)
     try:
         os.environ.update(bench.caches(stage.work))
@@ -260,13 +263,13 @@ STAGES = {"smoke": smoke, "correct": correct, "speed": speed, "profile": profile
 
 def all_tables(work: Path, tiny: bool, stage: str | None = None) -> str:
     """Tables of all stages that have results, or of one; short ones for one."""
-    from benchmarks.gpu import smoke as starting
-    from benchmarks.gpu import trace_table
+    from benchmarks.gpu.speed import smoke as starting
+    from benchmarks.gpu.speed import trace_table
 
     parts = []
     found = {file.stem: json.loads(file.read_text()) for file in sorted(work.glob("*.json"))}
     if "smoke" in found and stage in (None, "smoke"):
-        parts.append(f"## smoke\n\n{tables.head(found['smoke'])}\n\n{starting.table(found['smoke'], tiny)}")
+        parts.append(f"## smoke\n\n{head(found['smoke'])}\n\n{starting.table(found['smoke'], tiny)}")
     if stage == "correct":
         parts.append(_short_checks(found))
     if stage is None:
@@ -276,7 +279,7 @@ def all_tables(work: Path, tiny: bool, stage: str | None = None) -> str:
         parts.append("## speed\n\n" + tables.report(found["speed"], check, short=stage is not None))
     if "profile" in found and stage in (None, "profile"):
         rows = trace_table.TOP if stage is None else 12
-        parts.append(f"## profile\n\n{tables.head(found['profile'])}")
+        parts.append(f"## profile\n\n{head(found['profile'])}")
         for key, cell in found["profile"]["cells"].items():
             eager = ", eager" if cell.get("eager") else ""
             parts.append(f"### {key}{eager}\n\n" + trace_table.table(cell, rows))
@@ -290,7 +293,7 @@ def _checks(found: dict[str, Any]) -> list[str]:
     for name, script in (("kernels", kernel_tables), ("checking", check_tables)):
         if name in found:
             cells = found[name]["cells"]
-            said = [tables.head(found[name]), script.verdicts(cells), script.table(cells)]
+            said = [head(found[name]), script.verdicts(cells), script.table(cells)]
             parts.append(f"## {name}\n\n" + "\n\n".join(said))
     return parts
 
@@ -302,7 +305,7 @@ def _tried(cell: dict[str, Any]) -> str:
 def _short_checks(found: dict[str, Any]) -> str:
     """What fits on a screen: verdicts, what does not agree, and the times of kernels."""
     cells = {name: found[name]["cells"] if name in found else {} for name in ("kernels", "checking")}
-    parts = [tables.head(found[name]) for name in cells if name in found][:1]
+    parts = [head(found[name]) for name in cells if name in found][:1]
     verdicts = {
         "kernels": kernel_tables.verdicts(cells["kernels"]),
         "checking": check_tables.verdicts(cells["checking"]),

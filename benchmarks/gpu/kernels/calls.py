@@ -1,0 +1,114 @@
+"""The kernels of a scene, each as the attention layer calls it, and what they cost and take."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.kernels.scenes import ROWS_PER_BLOCK, Scene
+
+Call = Callable[[], Any]
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory that is allocated and not written holds NaN, or the largest integer.
+
+    So does everything the kernels are handed to write: answers, copies of queries, parts, key lists.
+    """
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def results(scene: Scene) -> dict[str, torch.Tensor]:
+    """What the kernels make of a scene: ``attend`` and, where the step ranks, ``mass``."""
+    from vllm_hybrid.attention import gpu
+
+    keys = gpu.walk_pages(scene.facts, scene.block_table, scene.seq_lens, scene.patches, ROWS_PER_BLOCK)
+    batch = scene.batch(keys)
+    plan = gpu.plan_attention(batch)
+    out = torch.empty_like(scene.query)
+    rest = (batch, plan, scene.angles, scene.scale)
+    gpu.attend(scene.query, scene.pages, *rest, out)
+    found = {"attend": out}
+    if batch.ranked:
+        found["mass"] = gpu.attention_mass(scene.query, scene.pages, *rest)
+    return found
+
+
+def kernel_calls(scene: Scene) -> dict[str, Call]:
+    """A call for each kernel of a scene."""
+    from vllm_hybrid.attention import gpu
+    from vllm_hybrid.attention.triton_kernels.decode import decode
+    from vllm_hybrid.attention.triton_kernels.lists import query_lists
+    from vllm_hybrid.attention.triton_kernels.mass import attention_mass
+    from vllm_hybrid.attention.triton_kernels.prefill import prefill
+    from vllm_hybrid.attention.triton_kernels.segments import segment_mean
+    from vllm_hybrid.attention.triton_kernels.walk import walk_pages
+
+    facts, table, lens = scene.facts, scene.block_table, scene.seq_lens
+    keys = gpu.walk_pages(facts, table, lens, scene.patches, ROWS_PER_BLOCK)
+    batch = scene.batch(keys)
+    plan = gpu.plan_attention(batch)
+    query, pages, angles, scale = scene.query, scene.pages, scene.angles, scene.scale
+    out = torch.empty_like(query)
+    calls: dict[str, Call] = {
+        "walk": lambda: walk_pages(facts, table, lens, scene.patches, ROWS_PER_BLOCK, keys)
+    }
+    if plan.queries is None or plan.ranked is None:
+        calls["decode"] = lambda: decode(query, plan.decode_rows, pages, keys, angles, scale, out)
+        return calls
+    queries, ranked, skip = plan.queries, plan.ranked, plan.decode_rows
+    copies = query.new_empty(queries.row.shape[0], *query.shape[1:])
+    return calls | {
+        "queries": lambda: query_lists(scene.plan.row_of, scene.positions, scene.plan.image, batch.query_ptr),
+        "prefill": lambda: prefill(query, pages, keys, queries, skip, angles, scale, copies),
+        "segments": lambda: segment_mean(copies, queries.by_row, queries.row_start, out),
+        "mass": lambda: attention_mass(query, pages, keys, queries, ranked, angles, scale),
+    }
+
+
+def median_seconds(call: Call, cuda: bool, repeats: int) -> float:
+    """Median time of a call, caches flushed before each."""
+    if not cuda:
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def ceilings(repeats: int = 10) -> dict[str, float]:
+    """Bytes/s that a large copy reads and writes here, and operations/s of a large bf16 product."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    copying = median_seconds(lambda: target.copy_(source), True, repeats)
+    product = median_seconds(lambda: a @ b, True, repeats)
+    return {"bytes_per_s": 2 * source.numel() / copying, "flops_per_s": 2 * 8192**3 / product}
