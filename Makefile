@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PORT ?= 8000
 export PORT MODEL ARGS PREPARE_ARGS
 
-# Each worker runs whole groups of tests (tests/grouping.py); `-n auto` is this machine's share of cores and
+# Each worker runs whole groups of tests (tests/support/grouping.py); `-n auto` is this machine's share of cores and
 # memory. A worker that dies ends the run.
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests -n auto --dist loadfile --no-loadscope-reorder \
 	--max-worker-restart 0 --durations 20

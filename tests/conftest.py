@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-if TYPE_CHECKING:
-    from tests.server_pixels import ServerPixels
+from tests.support.paths import ROOT
 
-pytest_plugins = ["tests.watchdog", "tests.grouping", "tests.engine_mark"]
+if TYPE_CHECKING:
+    from tests.support.server_pixels import ServerPixels
+
+pytest_plugins = [
+    "tests.support.seeds",
+    "tests.support.watchdog",
+    "tests.support.grouping",
+    "tests.support.engine_mark",
+]
 
 # vLLM's own limits: a slow machine takes the time it takes, and what hangs the watchdog ends.
 for limit in ("VLLM_ENGINE_READY_TIMEOUT_S", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"):
     os.environ.setdefault(limit, str(24 * 3600))
 
 # With what the processes that tests start read first.
-STARTUP = str(Path(__file__).parent / "startup")
+STARTUP = str(ROOT / "tests" / "support" / "startup")
 _found = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 if STARTUP not in _found:
     os.environ["PYTHONPATH"] = os.pathsep.join([STARTUP, *filter(None, _found)])
@@ -41,7 +48,7 @@ def demo_made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     call = [sys.executable, "-m", "vllm_hybrid.cli", "demo-model", str(out)]
     # Memory of large tensors that were freed is used again, not given back and cleared anew.
     keeps = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
-    root, env = Path(__file__).parents[1], os.environ | keeps
+    root, env = ROOT, os.environ | keeps
     done = subprocess.run(call, cwd=root, env=env, capture_output=True, text=True, check=False)
     return Made(out, done)
 
@@ -56,7 +63,7 @@ def demo_checkpoint(demo_made: Made) -> Path:
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint that the plugin serves; tests must not write into it."""
-    from tests.tiny_checkpoints import write_checkpoint
+    from tests.support.tiny_checkpoints import write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("served") / "llava")
 
@@ -64,7 +71,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server_pixels(llava: Path) -> ServerPixels:
     """What a server of that checkpoint makes of pictures."""
-    from tests.server_pixels import ServerPixels
+    from tests.support.server_pixels import ServerPixels
 
     return ServerPixels(llava)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.engines import Ask
-from tests.tiny_checkpoints import make_images, prompt, write_checkpoint
+from tests.support.engines import Ask
+from tests.support.tiny_checkpoints import make_images, prompt, write_checkpoint
 
 SEED = 1
 # What ``pick_thresholds`` finds for the checkpoint and the pictures of seed 1 to merge 60 % of the even

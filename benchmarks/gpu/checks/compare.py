@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tests.engines import Ask, ServingReference
-from tests.reference import Choice
+from tests.support.engines import Ask, ServingReference
+from tests.support.reference import Choice
 
 
 @dataclass

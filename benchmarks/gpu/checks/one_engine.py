@@ -33,8 +33,8 @@ from benchmarks.gpu.checks.compare import (  # noqa: E402
 from benchmarks.gpu.checks.watch import Pictures, Squeeze, Steps  # noqa: E402
 from benchmarks.gpu.running.answering import Answers  # noqa: E402
 from benchmarks.gpu.running.cases import Case, run_all  # noqa: E402
-from tests.engines import Ask  # noqa: E402
-from tests.tiny_checkpoints import make_images  # noqa: E402
+from tests.support.engines import Ask  # noqa: E402
+from tests.support.tiny_checkpoints import make_images  # noqa: E402
 
 GRAPH_SIZES = [1, 2, 4]
 MAX_MODEL_LEN = 1536

@@ -44,9 +44,9 @@ MODULES = (
     "vllm_hybrid.models.llava",
     "vllm_hybrid.engine.scheduler",
     "vllm_hybrid.attention.gpu",
-    "tests.engines",
-    "tests.reference",
-    "tests.tiny_checkpoints",
+    "tests.support.engines",
+    "tests.support.reference",
+    "tests.support.tiny_checkpoints",
     *SCRIPTS,
 )
 # These import only where Triton has a device.

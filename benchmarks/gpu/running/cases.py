@@ -24,7 +24,7 @@ from benchmarks.gpu.running.results import Results
 from benchmarks.gpu.running.tables import head
 
 # What a result depends on besides device, versions and the library.
-SCRIPTS = ("benchmarks/gpu/checks/*.py", "benchmarks/gpu/kernels/*.py", "tests/*.py")
+SCRIPTS = ("benchmarks/gpu/checks/*.py", "benchmarks/gpu/kernels/*.py", "tests/support/*.py")
 
 
 # On a GPU what takes longer hangs; a CPU is given all the time there is.

@@ -1,0 +1,163 @@
+"""The V2 model runner, through Triton's interpreter, gives the reference's answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.support.paths import ROOT
+from tests.support.reference import Reference
+from tests.support.tiny_checkpoints import (
+    decided_images,
+    make_images,
+    pick_thresholds,
+    prompt,
+    write_checkpoint,
+)
+
+pytestmark = pytest.mark.engine
+TOKENS = 8
+# The request that loses a page, behind those whose answers are compared.
+LOST = 3
+
+
+@dataclass
+class Cases:
+    """Requests for a tiny checkpoint, and the reference that knows their answers."""
+
+    reference: Reference
+    pictures: list[Image.Image]
+    prompts: list[tuple[list[int], str]]
+    work: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    folder = tmp_path_factory.mktemp("v2")
+    # Small, since Triton's interpreter is slow; two query heads still share one key head.
+    checkpoint = write_checkpoint(folder / "checkpoint", seed=3, layers=4, heads=2, kv_heads=1)
+    thresholds = pick_thresholds(checkpoint, list(make_images().values()), [0.5, 0.5, 0.5])
+    hybrid = {"thresholds": thresholds, "fastv_layer": 2, "fastv_ratio": 0.5}
+    reference = Reference(checkpoint, hybrid)
+    pictures = decided_images(reference, 3)
+    files = []
+    for number, picture in enumerate(pictures):
+        files.append(str(folder / f"{number}.png"))
+        picture.save(files[-1])
+    prompts = [
+        ([0], "What is here?"),
+        ([1, 2], "Compare them."),
+        ([], "Hello there."),
+    ]
+    work = {
+        "checkpoint": str(checkpoint),
+        "hybrid": hybrid,
+        "tokens": TOKENS,
+        "requests": [
+            {"prompt": prompt(question, len(images)), "images": [files[i] for i in images]}
+            for images, question in prompts
+        ],
+    }
+    return Cases(reference, pictures, prompts, work)
+
+
+@pytest.fixture(scope="module")
+def answers(cases: Cases) -> dict[str, dict[str, Any]]:
+    """Answers of each implementation of attention; of the Triton kernels also steps and a lost request."""
+    lost = {"prompt": prompt("Are you there?", 0), "images": []}
+    requests = [*cases.work["requests"], lost]
+    # Last, since what watches steps stays in the process.
+    watched = {"attention": "triton", "watched": True, "requests": requests, "spoiled": LOST}
+    alone = [{"attention": "cpu"}, {"attention": "reference"}]
+    found = _answers([cases.work | one for one in (*alone, watched)])
+    return {answer["attention"]: answer for answer in found}
+
+
+@pytest.fixture(scope="module")
+def interpreted(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Answers and steps of the Triton kernels."""
+    return answers["triton"]
+
+
+@pytest.mark.parametrize("attention", ["cpu", "reference"])
+def test_v2_runner_answers_like_the_reference(
+    cases: Cases, answers: dict[str, dict[str, Any]], attention: str
+) -> None:
+    _check_answers(cases, answers[attention])
+
+
+def test_triton_kernels_in_the_v2_runner_answer_like_the_reference(
+    cases: Cases, interpreted: dict[str, Any]
+) -> None:
+    _check_answers(cases, interpreted | {"answers": interpreted["answers"][:LOST]})
+
+
+def test_a_request_whose_page_is_another_s_ends_with_an_error_and_alone(interpreted: dict[str, Any]) -> None:
+    """On a device nothing raises; the others' answers are compared with the reference above."""
+    *others, lost = interpreted["answers"]
+    assert lost["finish_reason"] == "error" and 2 <= len(lost["tokens"]) < TOKENS
+    assert [answer["finish_reason"] for answer in others] == ["length"] * LOST
+
+
+def _check_answers(cases: Cases, result: dict[str, Any]) -> None:
+    assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
+    for (images, question), answer in zip(cases.prompts, result["answers"], strict=True):
+        ids = cases.reference.prompt_ids(prompt(question, len(images)))
+        score = cases.reference.score(ids, [cases.pictures[i] for i in images], answer["tokens"])
+        assert score.distributions.argmax(-1).tolist() == answer["tokens"]
+        for step, logprobs in enumerate(answer["logprobs"]):
+            for token, logprob in logprobs.items():
+                assert abs(logprob - float(score.distributions[step, int(token)])) <= 1e-3
+
+
+def test_the_host_waits_once_per_step_with_images_and_never_in_a_decode(interpreted: dict[str, Any]) -> None:
+    # The first step of a server also sets up its tables.
+    steps = interpreted["steps"][1:]
+    decodes = [step for step in steps if step["rows"] == step["requests"]]
+    encodes = [step for step in steps if step["images"]]
+    assert decodes and encodes
+    for step in decodes:
+        assert step["images"] == 0
+        assert step["waits"] == step["waits_embedding"] == step["waits_encoding"] == []
+    for step in encodes:
+        assert step["waits"] == [] and step["waits_embedding"] == ["Tensor.tolist"]
+
+
+def test_the_tower_waits_once_per_merging_layer(cases: Cases, interpreted: dict[str, Any]) -> None:
+    encodes = [step["waits_encoding"] for step in interpreted["steps"] if step["waits_encoding"]]
+    assert encodes
+    for waits in encodes:
+        assert waits == ["Tensor.tolist"] * len(cases.work["hybrid"]["thresholds"])
+
+
+def test_decodes_of_one_size_issue_the_same_operations(interpreted: dict[str, Any]) -> None:
+    steps = interpreted["steps"][1:]
+    by_size: dict[int, list[list[str]]] = {}
+    for step in steps:
+        if step["rows"] == step["requests"]:
+            by_size.setdefault(step["rows"], []).append(step["operations"])
+    repeated = [traces for traces in by_size.values() if len(traces) > 1]
+    assert repeated
+    for traces in repeated:
+        for trace in traces:
+            assert trace == traces[0]
+
+
+def _answers(works: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.v2_answers"],
+        input=json.dumps(works),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
+    assert len(lines) == len(works), done.stderr[-3000:]
+    return [json.loads(line.removeprefix("ANSWERS ")) for line in lines]

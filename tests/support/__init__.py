@@ -1,0 +1,1 @@
+"""What tests share: references, checkpoints, engines, servers, and plugins of pytest."""

@@ -1,0 +1,21 @@
+"""Configurations as a server makes them, without a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.support.engines import checkpoint
+
+MERGES = {"thresholds": [0.9, 0.9, 0.9]}
+PRUNES = {"fastv_layer": 2, "fastv_ratio": 0.5}
+
+
+def configure(hybrid: Any, architecture: str | None = None, **options: Any) -> VllmConfig:
+    """The configuration `vllm serve` would start with."""
+    path = checkpoint(architecture=architecture) if architecture else checkpoint()
+    usual: dict[str, Any] = {"max_model_len": 2048, "dtype": "float32", "enforce_eager": True}
+    overrides = {} if architecture else {"hf_overrides": {"hybrid": hybrid}}
+    return EngineArgs(model=str(path), **(usual | overrides | options)).create_engine_config()

@@ -1,0 +1,264 @@
+"""Compiles every kernel for GPUs that are not there and says what the code needs: registers, spills, memory.
+
+    python -m tests.support.kernel_builds            # a table of Markdown, as in docs/kernels.md
+    python -m tests.support.kernel_builds --json     # one object per compiled variant
+
+The functions that the attention layer calls run as they are, on small CPU tensors with the heads of a real
+model; only the last step differs: a launch compiles, for the architecture asked for, and does not run. So
+dtypes, constants, warps and what Triton derives from arguments (alignment, ones) are those of a real launch.
+What the code needs is read from ptxas, run by Triton with its own options.
+
+Triton decides on import whether it interprets kernels, so this is a program of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from tests.support.paths import ROOT
+from vllm_hybrid.attention.interface import TierBatch
+from vllm_hybrid.kv.page_facts import fact_words
+from vllm_hybrid.method.row_plan import RowPlan
+
+KERNELS = ROOT / "vllm_hybrid" / "attention" / "triton_kernels"
+ARCHITECTURES = (80, 90)
+DTYPES = (torch.bfloat16, torch.float16)
+PATCHES = 576
+BLOCK_SIZE = 16
+# Positions of the longest request a block table has room for, and of the angles.
+LONGEST = 4096
+
+# Of one multiprocessor, from NVIDIA's CUDA programming guide, compute capabilities 8.0 and 9.0.
+REGISTERS = 65536
+SHARED_KIB = {80: 164, 90: 228}
+WARPS = 64
+# Registers are handed out per warp in units of 256; shared memory of a block has 1 KiB on top.
+_REGISTER_UNIT = 256
+_RESERVED_SHARED = 1024
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads of an attention layer."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_size: int
+
+
+SHAPES = (Heads("LLaVA-1.5-7B", 32, 32, 128), Heads("grouped, 32 over 8", 32, 8, 128))
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the code of one compiled variant needs.
+
+    Attributes:
+        kernel: name of the function.
+        architecture: 80 or 90.
+        heads: name of the shape.
+        dtype: of pages and queries.
+        warps: of a block.
+        registers: per thread.
+        spilled: bytes a thread writes to and reads from memory because registers run out.
+        stack: bytes of a thread's stack frame.
+        shared: bytes of shared memory of a block.
+        products: instruction that multiplies matrices, "" where none does.
+        copies: asynchronous copies to shared memory in the code, as a count.
+        widest_load: most bytes that one load from global memory brings a thread.
+
+    """
+
+    kernel: str
+    architecture: int
+    heads: str
+    dtype: str
+    warps: int
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+    products: str
+    copies: int
+    widest_load: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor holds at once."""
+        a_warp = math.ceil(self.registers * 32 / _REGISTER_UNIT) * _REGISTER_UNIT
+        by_shared = SHARED_KIB[self.architecture] * 1024 // (self.shared + _RESERVED_SHARED)
+        return min(REGISTERS // (a_warp * self.warps), by_shared, WARPS // self.warps)
+
+
+def launched_kernels() -> set[str]:
+    """Names of the kernels that the launching code starts, from its text."""
+    return {name for file in KERNELS.glob("*.py") for name in re.findall(r"\b(\w+)\[\(", file.read_text())}
+
+
+class _Absent:
+    """A driver for a GPU that is not there: it names the target and can do nothing else."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+@contextlib.contextmanager
+def compiling(architecture: int) -> Iterator[list[tuple[str, Any, str]]]:
+    """Let launches compile instead; yields name, compiled kernel and ptxas' words of those compiled."""
+    import triton
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    built: list[tuple[str, Any, str]] = []
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        # A variant that this process compiled before is silent.
+        if "Used" in said.getvalue():
+            built.append((self.fn.__name__, kernel, said.getvalue()))
+
+    driver.set_active(_Absent(architecture))
+    triton.knobs.nvidia.dump_ptxas_log = True
+    JITFunction.run = compile_only
+    try:
+        yield built
+    finally:
+        JITFunction.run = launch
+
+
+def _step(requests: int, tokens: int, keys: Any) -> TierBatch:
+    """A step of requests with as many rows each; the first one ranks where there are several rows."""
+    rows = torch.arange(requests * tokens)
+    starts = [request * tokens for request in range(requests + 1)]
+    return TierBatch(
+        plan=RowPlan(rows, rows, rows, torch.full_like(rows, -1)),
+        positions=rows % tokens,
+        query_start=starts,
+        query_ptr=torch.tensor(starts, dtype=torch.int32),
+        page_slots=rows,
+        keys=keys,
+        ranked=[0] if tokens > 1 else [],
+    )
+
+
+def attend(heads: Heads, dtype: torch.dtype, requests: int, tokens: int) -> None:
+    """Everything the attention layers of one step launch."""
+    from vllm_hybrid.attention import gpu
+
+    facts = torch.zeros(2, BLOCK_SIZE, fact_words(PATCHES), dtype=torch.int32)
+    table = torch.zeros(requests, LONGEST // BLOCK_SIZE, dtype=torch.int32)
+    lengths = torch.full((requests,), tokens, dtype=torch.int32)
+    keys = gpu.walk_pages(facts, table, lengths, PATCHES, BLOCK_SIZE)
+    batch = _step(requests, tokens, keys)
+    plan = gpu.plan_attention(batch)
+    query = torch.zeros(requests * tokens, heads.heads, heads.head_size, dtype=dtype)
+    pages = torch.zeros(2 * BLOCK_SIZE, heads.kv_heads, 2 * heads.head_size, dtype=dtype)
+    angles = torch.zeros(LONGEST, heads.head_size)
+    scale = heads.head_size**-0.5
+    gpu.attend(query, pages, batch, plan, angles, scale, torch.empty_like(query))
+    if batch.ranked:
+        gpu.attention_mass(query, pages, batch, plan, angles, scale)
+
+
+# Requests and rows of each: prompts, one prompt, and decodes with keys cut into many, some and one part.
+STEPS = ((3, 40), (1, 40), (1, 1), (5, 1), (64, 1))
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
+
+
+def _described(name: str, kernel: Any, said: str, architecture: int, heads: Heads, dtype: Any) -> Build:
+    code = kernel.asm["ptx"]
+    widths = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", code)
+    products = [name for name in ("wgmma", "mma.sync") if name in code]
+    return Build(
+        kernel=name.removeprefix("_"),
+        architecture=architecture,
+        heads=heads.name,
+        dtype=str(dtype).removeprefix("torch."),
+        warps=kernel.metadata.num_warps,
+        registers=_number(r"Used (\d+) registers", said),
+        spilled=_number(r"(\d+) bytes spill stores", said) + _number(r"(\d+) bytes spill loads", said),
+        stack=_number(r"(\d+) bytes stack frame", said),
+        shared=kernel.metadata.shared,
+        products=products[0] if products else "",
+        copies=len(re.findall(r"cp\.async\.c[ag]", code)),
+        widest_load=max((int(v or 1) * int(bits) // 8 for v, bits in widths), default=0),
+    )
+
+
+def build(architecture: int) -> list[Build]:
+    """Compile all variants for an architecture, each once; shapes that share one name the first."""
+    found = []
+    with compiling(architecture) as built:
+        for heads in SHAPES:
+            for dtype in DTYPES:
+                for requests, tokens in STEPS:
+                    attend(heads, dtype, requests, tokens)
+                found += [_described(*one, architecture, heads, dtype) for one in built]
+                built.clear()
+    return found
+
+
+def table(builds: list[Build]) -> str:
+    """Markdown: per kernel and architecture the most that any variant needs."""
+    lines = [
+        "| kernel | heads | sm | warps | registers | spilled | shared bytes | blocks | products | copies |",
+        "|---|---|--:|--:|--:|--:|--:|--:|---|--:|",
+    ]
+    groups: dict[tuple[str, str, int], list[Build]] = {}
+    for one in sorted(builds, key=lambda b: (b.kernel, b.heads != SHAPES[0].name, b.architecture)):
+        groups.setdefault((one.kernel, one.heads, one.architecture), []).append(one)
+    for (kernel, heads, architecture), variants in groups.items():
+        most = [max(getattr(v, name) for v in variants) for name in ("registers", "spilled", "shared")]
+        warps, blocks = variants[0].warps, min(v.blocks for v in variants)
+        instruction, copies = variants[0].products or "-", min(v.copies for v in variants)
+        cells = (kernel, heads, architecture, warps, *most, blocks, instruction, copies)
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--sm", type=int, choices=ARCHITECTURES, action="append")
+    args = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
+    with tempfile.TemporaryDirectory() as cache:
+        # A kernel from the cache would not be assembled, and ptxas would say nothing.
+        os.environ["TRITON_CACHE_DIR"] = cache
+        builds = [one for architecture in args.sm or ARCHITECTURES for one in build(architecture)]
+    print(json.dumps([asdict(one) for one in builds]) if args.json else table(builds))
+
+
+if __name__ == "__main__":
+    main()

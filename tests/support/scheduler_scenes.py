@@ -1,0 +1,213 @@
+"""Random traffic under random limits, through the real scheduler: no request may wait for ever.
+
+A scene is all that its seed says: options as `vllm serve` would get them, requests, preemptions, aborts. Its
+options are refused at start in one sentence, or every request of it ends. Run alone, for as many as wanted:
+
+    python -m tests.support.scheduler_scenes --scenes 10000
+    python -m tests.support.scheduler_scenes --seed 12345
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from tests.support.configurations import MERGES
+from tests.support.scheduler_bench import LIVE, Bench, Prompt, block_sizes, quickly_configured
+from tests.support.tiny_checkpoints import PATCHES
+
+# Steps in which the first requests of a scene have to end while others keep coming.
+STEPS = 3000
+LENGTHS = (600, 640, 1000, 1300, 2048, 2048)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a scene ended.
+
+    Attributes:
+        refused: the sentence that refused its options, if one did.
+        preemptions: how often a request had to start over.
+        raised: whether a limit was raised at start.
+        shortage: whether the encoder cache was too full for an image.
+
+    """
+
+    refused: str | None = None
+    preemptions: int = 0
+    raised: bool = False
+    shortage: bool = False
+
+
+def play(seed: int) -> Ended:
+    """Play one scene.
+
+    Raises:
+        AssertionError: a request waits for ever, or a step is wrong; with the seed in the message.
+
+    """
+    try:
+        return _play(random.Random(seed))
+    except Exception as error:
+        raise AssertionError(
+            f"scene {seed} fails (python -m tests.support.scheduler_scenes --seed {seed}): {error}"
+        ) from error
+
+
+def _play(rng: random.Random) -> Ended:
+    length = rng.choice(LENGTHS)
+    options = limits(rng, length)
+    hybrid = method(rng)
+    block_size = rng.choice([16, 32, 64])
+    tokens = length * rng.choice([1, 1, 1.3, 2.5])
+    try:
+        config = quickly_configured(hybrid, **options)
+    except ValueError as refusal:
+        return Ended(refused=str(refusal))
+    bench = Bench(
+        hybrid,
+        ahead=rng.random() < 0.5,
+        num_blocks=sum(int(tokens / size) + 2 for size in block_sizes(hybrid, block_size).values()),
+        block_size=block_size,
+        config=config,
+    )
+    shrink_encoder_cache(bench, rng)
+    shortage = Shortage(bench)
+    asked = [ask(bench, rng) for _ in range(rng.randint(2, 5))]
+    for _ in range(STEPS):
+        if all(name not in bench.scheduler.requests for name in asked):
+            break
+        disturb(bench, rng, asked)
+        bench.step()
+    else:
+        waiting = [name for name in asked if name in bench.scheduler.requests]
+        raise AssertionError(f"{waiting} are not done after {STEPS} steps")
+    bench.finish()
+    config = bench.scheduler.scheduler_config
+    raised = any(
+        (options.get(name) or getattr(config, name)) != getattr(config, name)
+        for name in ("max_num_batched_tokens", "max_num_scheduled_tokens", "long_prefill_token_threshold")
+    )
+    return Ended(None, bench.preemptions(), raised, shortage.seen)
+
+
+def method(rng: random.Random) -> dict[str, Any]:
+    """A section: merging, or pruning at any depth."""
+    if rng.random() < 0.5:
+        return MERGES
+    return {"fastv_layer": rng.choice([1, 2, 4, 7]), "fastv_ratio": rng.choice([0.25, 0.5, 0.9])}
+
+
+def limits(rng: random.Random, length: int) -> dict[str, Any]:
+    """Engine arguments that limit what a step may hold, as often as not below what an image takes."""
+    seqs = rng.choice([1, 2, 3, 8])
+    options: dict[str, Any] = {
+        "max_model_len": length,
+        "max_num_seqs": seqs,
+        "max_num_batched_tokens": rng.choice([64, 300, PATCHES, 600, 800, 1500, 4096]),
+        "scheduling_policy": rng.choice(["fcfs", "priority"]),
+        "enable_prefix_caching": rng.random() < 0.5,
+        "scheduler_reserve_full_isl": rng.random() < 0.5,
+        "watermark": rng.choice([0.0, 0.0, 0.1, 0.4]),
+        "limit_mm_per_prompt": {"image": 3},
+    }
+    if rng.random() < 0.4:
+        options["max_num_scheduled_tokens"] = rng.choice([32, 300, 512, PATCHES, 700])
+    if rng.random() < 0.3:
+        options["long_prefill_token_threshold"] = rng.choice([1, 100, 256, PATCHES - 1, PATCHES, 700])
+        options["long_prefill_token_threshold_adaptive"] = rng.random() < 0.5
+    if rng.random() < 0.2:
+        options["max_num_active_seqs"] = rng.randint(1, seqs)
+    if rng.random() < 0.1:
+        options["enable_chunked_prefill"] = False
+    if rng.random() < 0.1:
+        options["disable_chunked_mm_input"] = True
+    return options
+
+
+def shrink_encoder_cache(bench: Bench, rng: random.Random) -> None:
+    """Leave the encoder no more than what the settings guarantee, at times."""
+    if rng.random() < 0.5:
+        return
+    scheduler, prunes = bench.scheduler, bench.worker.ratio > 0
+    least = bench.length if prunes else PATCHES
+    cache = scheduler.encoder_cache_manager
+    cache.cache_size = cache.num_free_slots = cache.num_freeable_slots = max(least, PATCHES)
+    if rng.random() < 0.5:
+        scheduler.max_num_encoder_input_tokens = max(least, PATCHES)
+
+
+class Shortage:
+    """Notes whether a scheduler ever found its encoder cache too full."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.seen = False
+        can_allocate = bench.scheduler.encoder_cache_manager.can_allocate
+
+        def watched(*args: Any) -> bool:
+            room = can_allocate(*args)
+            self.seen |= not room
+            return room
+
+        bench.scheduler.encoder_cache_manager.can_allocate = watched
+
+
+def ask(bench: Bench, rng: random.Random, urgent: bool = True) -> str:
+    """Add a request whose answer still fits; one that is not urgent never goes before an urgent one."""
+    tokens = rng.choice([1, 2, 3, 10, 40])
+    prompt = random_prompt(rng, bench.length - tokens - 1)
+    return bench.ask(prompt, tokens, priority=rng.randrange(2) if urgent else 2)
+
+
+def random_prompt(rng: random.Random, longest: int) -> Prompt:
+    """Up to three images with texts around them; few images, so that they are often in the cache."""
+    prompt = Prompt().text(rng.choice([0, 5, 96]))
+    for _ in range(rng.choice([0, 1, 1, 2, 3, 3])):
+        prompt = prompt.image(rng.choice(list(LIVE)[:4])).text(rng.choice([0, 1, 60]), rng.randrange(9))
+    return prompt if 1 < len(prompt.ids) <= longest else random_prompt(rng, longest)
+
+
+def disturb(bench: Bench, rng: random.Random, asked: list[str]) -> None:
+    """What else happens between two steps: new requests, aborts, preemptions, emptied caches."""
+    if rng.random() < 0.2 and len(bench.scheduler.requests) < 6:
+        # Urgent ones end with the scene: they may overtake for ever.
+        ask(bench, rng, urgent=len(bench.requests) < 12)
+    chance = rng.random()
+    if chance < 0.01:
+        bench.abort(rng.choice([*bench.scheduler.requests, *asked]))
+    elif chance < 0.02 and bench.preemptions() < 8:
+        bench.preempt_all()
+
+
+def main() -> None:
+    """Play scenes and count how they ended."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=1000, help="how many")
+    parser.add_argument("--seed", type=int, help="one scene only")
+    chosen = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if chosen.seed is not None:
+        print(play(chosen.seed))
+        return
+    first = random.randrange(1 << 32)
+    print(f"scenes {first} to {first + chosen.scenes - 1}")
+    ends: Counter[str] = Counter()
+    for seed in range(first, first + chosen.scenes):
+        count(ends, play(seed))
+    print(dict(ends))
+
+
+def count(ends: Counter[str], ended: Ended) -> None:
+    """Add a scene to the counts of what happened."""
+    ends["refused" if ended.refused else "answered"] += 1
+    ends["preempted"] += ended.preemptions > 0
+    ends["limits raised"] += ended.raised
+    ends["encoder cache too full"] += ended.shortage
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Answers of vLLM's V2 model runner, the one that serves on CUDA, on a CPU; run as a program by its test.
+
+Triton's kernels of the runner run in Triton's interpreter. That has to be arranged before vLLM is imported,
+so it needs a process of its own: one for all engines. Reads a list of requests as JSON from standard input,
+writes a line with answers as JSON for each as soon as it has them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+os.environ |= {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+
+import torch  # noqa: E402
+import triton.backends  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
+
+
+def pretend_cpu_backend() -> None:
+    """vLLM asks Triton for an active driver; the interpreter needs none, so one that says yes will do."""
+    driver = SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+def watch_steps() -> list[dict[str, Any]]:
+    """Trace every forward pass of the model, and what comes before it; the list grows as steps run."""
+    from vllm.forward_context import get_forward_context
+
+    from tests.support.step_trace import trace_step
+    from vllm_hybrid.attention import cpu
+    from vllm_hybrid.models.llava import LlavaHybridForConditionalGeneration as Model
+
+    steps: list[dict[str, Any]] = []
+    encode, embed, forward = Model.embed_multimodal, Model.embed_input_ids, Model.forward
+    before: dict[str, list[str]] = {"waits_encoding": [], "waits_embedding": []}
+
+    def traced_encode(self: Any, **kwargs: Any) -> Any:
+        # The tower as it runs on a GPU, without the CPU's own attention.
+        with (
+            mock.patch.object(cpu, "proportional_attention", lambda *args: None),
+            trace_step() as trace,
+        ):
+            result = encode(self, **kwargs)
+        before["waits_encoding"] = trace.waits
+        return result
+
+    def traced_embed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with trace_step([x for x in [kwargs.get("is_multimodal")] if x is not None]) as trace:
+            result = embed(self, *args, **kwargs)
+        before["waits_embedding"] = trace.waits
+        return result
+
+    def traced_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tiers = get_forward_context().attn_metadata
+        if tiers is None:
+            return forward(self, *args, **kwargs)
+        commons = [metadata.common for metadata in tiers.values()]
+        images = 0 if self._images is None else len(self._images.counts)
+        with trace_step(common.query_start_loc_cpu for common in commons) as trace:
+            result = forward(self, *args, **kwargs)
+        steps.append(
+            {
+                "rows": commons[0].num_actual_tokens,
+                "requests": commons[0].num_reqs,
+                "images": images,
+                "waits": trace.waits,
+                "operations": trace.operations,
+                **before,
+            }
+        )
+        before["waits_encoding"] = []
+        return result
+
+    Model.embed_multimodal, Model.embed_input_ids, Model.forward = traced_encode, traced_embed, traced_forward
+    return steps
+
+
+def spoil_a_page(llm: Any, number: int) -> None:
+    """Once a request has begun to answer, have a page of its upper tier describe somebody else's image."""
+    from vllm_hybrid.kv.page_facts import START
+
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[-1]
+    names = list[str]()
+    take_in, step = scheduler.add_request, llm.llm_engine.step
+
+    def noted(request: Any) -> None:
+        names.append(request.request_id)
+        take_in(request)
+
+    def spoiled() -> Any:
+        request = scheduler.requests.get(names[number]) if len(names) > number else None
+        if request is not None and request.num_output_tokens >= 2:
+            block = manager.req_to_blocks[request.request_id][0].block_id
+            with torch.inference_mode():
+                model.language_model.model._pages[-1].facts[block, 0, START] = 1000
+        return step()
+
+    scheduler.add_request, llm.llm_engine.step = noted, spoiled
+
+
+def answer(work: dict[str, Any]) -> dict[str, Any]:
+    """Greedy answers with log-probabilities, the name of the runner that gave them, and its steps."""
+    from vllm import LLM, SamplingParams
+
+    os.environ["VLLM_HYBRID_ATTENTION"] = work["attention"]
+    steps = watch_steps() if work.get("watched") else []
+    llm = LLM(
+        work["checkpoint"],
+        hf_overrides={"hybrid": work["hybrid"]},
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=1400,
+        # Not all requests fit into the first step, so that a later one prefills next to a decode.
+        max_num_batched_tokens=1500,
+        kv_cache_memory_bytes=1 << 26,
+        limit_mm_per_prompt={"image": 3},
+    )
+    prompts: list[Any] = []
+    for request in work["requests"]:
+        images = [Image.open(file) for file in request["images"]]
+        extra = {"multi_modal_data": {"image": images}} if images else {}
+        prompts.append({"prompt": request["prompt"], **extra})
+    if "spoiled" in work:
+        spoil_a_page(llm, work["spoiled"])
+    params = SamplingParams(temperature=0, max_tokens=work["tokens"], logprobs=3, ignore_eos=True)
+    outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    return {
+        "attention": work["attention"],
+        "runner": type(runner).__module__,
+        "steps": steps,
+        "answers": [
+            {
+                "tokens": list(output.token_ids),
+                "finish_reason": output.finish_reason,
+                "logprobs": [{token: p.logprob for token, p in step.items()} for step in output.logprobs],
+            }
+            for output in outputs
+        ],
+    }
+
+
+if __name__ == "__main__":
+    pretend_cpu_backend()
+    patch_once_a_launch()
+    for one in json.load(sys.stdin):
+        print("ANSWERS " + json.dumps(answer(one)), flush=True)

@@ -1,0 +1,176 @@
+"""The ``hybrid`` section: what is accepted, what is refused and with which words."""
+
+import json
+import math
+import random
+import re
+from fractions import Fraction
+
+import pytest
+
+from vllm_hybrid.config import KNOWN_KEYS, HybridConfig
+from vllm_hybrid.method.fastv import live_to_kept
+
+VISION_LAYERS, DECODER_LAYERS = 3, 8
+LEVELS: dict[str, list[float | None]] = {"low": [0.7, 0.7, 0.7], "high": [0.9, None, 0.9]}
+
+
+def parse(section: object, decoder_layers: int = DECODER_LAYERS) -> HybridConfig:
+    return HybridConfig.parse(section, vision_layers=VISION_LAYERS, decoder_layers=decoder_layers)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        None,
+        {},
+        {"thresholds": None},
+        {"thresholds": [None, None, None]},
+        {"thresholds": [math.inf] * 3, "fastv_ratio": 0},
+        {"thresholds": None, "fastv_layer": 1, "fastv_ratio": 0.0},
+        {"thresholds": {"off": None}},
+    ],
+)
+def test_off(section: object) -> None:
+    config = parse(section)
+    assert not config.merges and not config.prunes and not config.active
+
+
+def test_merging() -> None:
+    config = parse({"thresholds": [0.9, None, math.inf]})
+    assert config.thresholds == (0.9, None, None)
+    assert config.merges and not config.prunes and config.active
+    assert config.level is None and config.levels == ()
+
+
+def test_pruning() -> None:
+    config = parse({"fastv_layer": 7, "fastv_ratio": 0.5})
+    assert (config.fastv_layer, config.fastv_ratio, config.thresholds) == (7, 0.5, None)
+    assert not config.merges and config.prunes and config.active
+
+
+def test_defaults() -> None:
+    assert parse({"fastv_ratio": 0.5}).fastv_layer == 2
+
+
+def test_thresholds_outside_the_cosines() -> None:
+    """Below -1 everything merges, above 1 nothing does; both are thresholds."""
+    assert parse({"thresholds": [-2, 1.5, -math.inf]}).thresholds == (-2.0, 1.5, -math.inf)
+
+
+def test_as_read_from_json() -> None:
+    text = '{"thresholds": [0.93, null, 1], "fastv_layer": 2, "fastv_ratio": 0.9}'
+    assert parse(json.loads(text)).thresholds == (0.93, None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "level"),
+    [
+        ({"default_level": "high"}, "high"),
+        ({"default_level": "high", "level": "low"}, "low"),
+        ({"default_level": "high", "level": None}, "high"),
+    ],
+)
+def test_levels(keys: dict[str, object], level: str) -> None:
+    config = parse({"thresholds": LEVELS, **keys})
+    assert (config.level, config.levels) == (level, ("low", "high"))
+    assert config.thresholds == tuple(LEVELS[level])
+
+
+def test_a_single_level_needs_no_default() -> None:
+    assert parse({"thresholds": {"only": [0.5] * 3}}).level == "only"
+
+
+def test_configurations_compare_and_hash() -> None:
+    section = {"thresholds": LEVELS, "default_level": "low", "fastv_ratio": 0.25}
+    assert parse(section) == parse(json.loads(json.dumps(section)))
+    assert len({parse(section), parse(section), parse(None)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ([], ["hybrid", "[]", "null"]),
+        ("dymu", ["hybrid", "'dymu'"]),
+        (True, ["hybrid", "True"]),
+        ({"threshold": [0.9] * 3}, ["hybrid.threshold ", *KNOWN_KEYS]),
+        ({"thresholds": 0.9}, ["hybrid.thresholds is 0.9", "3 numbers"]),
+        ({"thresholds": "0.9"}, ["hybrid.thresholds is '0.9'"]),
+        ({"thresholds": [0.9] * 2}, ["hybrid.thresholds has 2 entries", "3 layers"]),
+        ({"thresholds": []}, ["hybrid.thresholds has 0 entries"]),
+        ({"thresholds": [0.9, "Infinity", 0.9]}, ["hybrid.thresholds[1] is 'Infinity'", "null"]),
+        ({"thresholds": [0.9, 0.9, math.nan]}, ["hybrid.thresholds[2] is nan"]),
+        ({"thresholds": [True, 0.9, 0.9]}, ["hybrid.thresholds[0] is True"]),
+        ({"thresholds": [0.9, [0.9], 0.9]}, ["hybrid.thresholds[1] is [0.9]"]),
+        ({"thresholds": [10**400, 0.9, 0.9]}, ["hybrid.thresholds[0] is 1000"]),
+        ({"thresholds": {}}, ["hybrid.thresholds is an empty object"]),
+        ({"thresholds": LEVELS}, ["hybrid.default_level is missing", "low, high"]),
+        ({"thresholds": LEVELS, "level": "low"}, ["hybrid.default_level is missing"]),
+        ({"thresholds": LEVELS, "default_level": "mid"}, ["hybrid.default_level is 'mid'", "low, high"]),
+        ({"thresholds": LEVELS, "default_level": 0}, ["hybrid.default_level is 0"]),
+        ({"thresholds": LEVELS, "default_level": ["low"]}, ["hybrid.default_level is ['low']"]),
+        ({"thresholds": LEVELS, "default_level": "low", "level": "mid"}, ["hybrid.level is 'mid'"]),
+        ({"thresholds": LEVELS, "default_level": "mid", "level": "low"}, ["hybrid.default_level is 'mid'"]),
+        ({"thresholds": [0.9] * 3, "default_level": "low"}, ["hybrid.default_level is 'low'", "no levels"]),
+        ({"level": "low"}, ["hybrid.level is 'low'", "no levels"]),
+        (
+            {"thresholds": {"low": [0.9] * 3, "high": [0.9]}, "default_level": "low"},
+            ["hybrid.thresholds.high has 1 entries"],
+        ),
+        ({"thresholds": {"low": [0.9, None, "x"]}}, ["hybrid.thresholds.low[2] is 'x'"]),
+        ({"thresholds": {"low": {"a": 1}}}, ["hybrid.thresholds.low is {'a': 1}"]),
+        ({"fastv_layer": 0}, ["hybrid.fastv_layer is 0", "8 layers", "1 to 7"]),
+        ({"fastv_layer": 8}, ["hybrid.fastv_layer is 8", "1 to 7"]),
+        ({"fastv_layer": -1}, ["hybrid.fastv_layer is -1"]),
+        ({"fastv_layer": True}, ["hybrid.fastv_layer is True"]),
+        ({"fastv_layer": 2.0}, ["hybrid.fastv_layer is 2.0"]),
+        ({"fastv_layer": "2"}, ["hybrid.fastv_layer is '2'"]),
+        ({"fastv_layer": None}, ["hybrid.fastv_layer is None"]),
+        ({"fastv_ratio": 1}, ["hybrid.fastv_ratio is 1", "not including 1"]),
+        ({"fastv_ratio": -0.1}, ["hybrid.fastv_ratio is -0.1"]),
+        ({"fastv_ratio": math.nan}, ["hybrid.fastv_ratio is nan"]),
+        ({"fastv_ratio": "0.5"}, ["hybrid.fastv_ratio is '0.5'"]),
+        ({"fastv_ratio": False}, ["hybrid.fastv_ratio is False"]),
+        ({"fastv_ratio": None}, ["hybrid.fastv_ratio is None"]),
+        ({"fastv_ratio": 10**400}, ["hybrid.fastv_ratio is 1000"]),
+    ],
+)
+def test_refusals_name_key_and_value(section: object, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=".") as refusal:
+        parse(section)
+    message = str(refusal.value)
+    assert "\n" not in message and re.search(r"; (give|use|set|remove|leave)", message)
+    for word in words:
+        assert word in message
+
+
+def test_pruning_needs_a_layer_below_and_above() -> None:
+    with pytest.raises(ValueError, match="fastv_layer is 2, but the decoder has 2 layers; give .* 1 to 1"):
+        parse({"fastv_ratio": 0.5}, decoder_layers=2)
+    with pytest.raises(ValueError, match="leave fastv_layer and fastv_ratio out"):
+        parse({"fastv_ratio": 0.5}, decoder_layers=1)
+
+
+def test_an_unused_default_layer_is_not_checked() -> None:
+    assert parse({"thresholds": [0.9] * 3}, decoder_layers=2).merges
+
+
+@pytest.mark.parametrize(
+    ("live", "ratio", "kept"),
+    [(10, 0.9, 1), (10, 0.7, 3), (576, 0.5, 288), (577, 0.5, 289), (1, 0.5, 1), (3, 0.999, 1), (90, 0.0, 90)],
+)
+def test_kept_by_hand(live: int, ratio: float, kept: int) -> None:
+    assert live_to_kept(live, ratio) == kept
+
+
+def test_kept_is_exact_for_decimals(draw: random.Random) -> None:
+    """Integers only: with R = d / 1000, the smallest k with 1000 k >= (1000 - d) n."""
+    for _ in range(3000):
+        live, thousandths = draw.randrange(1, 577), draw.randrange(1000)
+        kept = next(k for k in range(1, 578) if 1000 * k >= (1000 - thousandths) * live)
+        assert live_to_kept(live, thousandths / 1000) == kept, (live, thousandths)
+
+
+def test_kept_of_no_short_decimal() -> None:
+    ratio = 1 / 3
+    assert live_to_kept(3, ratio) == math.ceil((1 - Fraction(repr(ratio))) * 3) == 3

@@ -1,0 +1,116 @@
+"""Every kernel compiles for sm_80 and sm_90 within bounds on registers, spills and shared memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tests.support.kernel_builds import ARCHITECTURES, DTYPES, SHAPES, Build, launched_kernels, table
+from tests.support.paths import ROOT
+
+
+def has_ptxas() -> bool:
+    """Whether Triton is installed with its NVIDIA backend; Triton itself is not imported."""
+    spec = importlib.util.find_spec("triton")
+    folders = spec.submodule_search_locations if spec else None
+    return any((Path(folder) / "backends" / "nvidia" / "bin" / "ptxas").exists() for folder in folders or ())
+
+
+pytestmark = [
+    pytest.mark.skipif(not has_ptxas(), reason="Triton and its NVIDIA backend are not installed"),
+    pytest.mark.slow,
+]
+
+# Most registers per thread. They leave room for two blocks of prefill and three of decode on a multiprocessor
+# whichever of Triton 3.6.0, 3.7.1 and 3.9.0 compiles. One block walks one request: there, nothing else wants
+# the room.
+MOST_REGISTERS = {
+    "combine": 40,
+    "decode": 160,
+    "log_sum": 96,
+    "mean": 40,
+    "prefill": 248,
+    "shares": 104,
+    "sum": 32,
+    "walk": 224,
+}
+FEWEST_BLOCKS = {"decode": 3, "prefill": 2, "walk": 2}
+# Bytes of a block; a multiprocessor of sm_80 grants 163 KiB to one, of sm_90 227.
+MOST_SHARED = {"combine": 4096, "decode": 32768, "prefill": 49152}
+GATHERING = {"decode", "prefill", "log_sum", "shares"}
+
+
+@pytest.fixture(scope="module")
+def builds() -> list[Build]:
+    """All variants, compiled in a process where nothing interprets or stands in for Triton's backends."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.support.kernel_builds", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=clean,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [Build(**row) for row in json.loads(done.stdout)]
+    print("\n" + table(found))
+    return found
+
+
+def test_every_kernel_is_compiled_for_every_architecture(builds: list[Build]) -> None:
+    wanted = {name.removeprefix("_") for name in launched_kernels()}
+    assert wanted == set(MOST_REGISTERS)
+    for architecture in ARCHITECTURES:
+        assert {one.kernel for one in builds if one.architecture == architecture} == wanted
+
+
+def test_attention_is_compiled_for_every_shape_and_dtype(builds: list[Build]) -> None:
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    wanted = {(a, s.name, d) for a in ARCHITECTURES for s in SHAPES for d in names}
+    for kernel in GATHERING:
+        assert {(b.architecture, b.heads, b.dtype) for b in builds if b.kernel == kernel} == wanted
+
+
+def test_nothing_spills(builds: list[Build]) -> None:
+    assert [one for one in builds if one.spilled or one.stack] == []
+
+
+def test_registers_and_shared_memory_are_bounded(builds: list[Build]) -> None:
+    for one in builds:
+        assert 0 < one.registers <= MOST_REGISTERS[one.kernel], one
+        assert one.shared <= MOST_SHARED.get(one.kernel, 1024), one
+        assert one.blocks >= FEWEST_BLOCKS.get(one.kernel, 4), one
+
+
+def test_attention_multiplies_on_tensor_cores(builds: list[Build]) -> None:
+    for one in builds:
+        if one.kernel == "prefill":
+            assert one.products == ("wgmma" if one.architecture == 90 else "mma.sync"), one
+        elif one.kernel == "decode":
+            # A single query is a matrix of one row: no tensor core is of use.
+            assert one.products == ("" if one.heads == SHAPES[0].name else "mma.sync"), one
+
+
+def test_pages_are_read_16_bytes_at_a_time(builds: list[Build]) -> None:
+    assert [one for one in builds if one.kernel in GATHERING and one.widest_load != 16] == []
+
+
+def test_the_page_about_kernels_has_a_row_for_each(builds: list[Build]) -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    on_page = re.search(r"^Triton ([\d.]+), .*:\n\n((?:\|.*\n)+)", text, re.M)
+    assert on_page
+    compiled = table(builds)
+    if version("triton") == on_page[1]:
+        assert on_page[2].strip() == compiled
+    # Another Triton needs other registers, but has the same kernels, heads, architectures and warps.
+    rows = [[line.split(" | ")[:4] for line in lines.splitlines()] for lines in (on_page[2], compiled)]
+    assert rows[0] == rows[1]
