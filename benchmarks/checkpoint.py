@@ -8,17 +8,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
-from vllm_hybrid.demo.model import _write_processor
-from vllm_hybrid.demo.tokenizer import IMAGE_ID, write_tokenizer
+from vllm_hybrid.checkpoint.writing import LlavaShape, llava_config, write_processor, write_weights
+from vllm_hybrid.demo.tokenizer import BOS, CONTEXT, EOS, IMAGE_ID, PAD_ID, write_tokenizer
 from vllm_hybrid.tools.calibrate import calibrate, live_counts
 
 LIVE_TOKENS = 90
@@ -27,32 +25,27 @@ FASTV_RATIO = 0.5
 _TOWER_PARTS = ("embeddings", "encoder", "pre_layrnorm", "post_layernorm")
 
 
-def config() -> LlavaConfig:
-    """CLIP 6 x 512 and Llama 16 x 1024, head size 64, 576 patches."""
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=512,
-            intermediate_size=2048,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            image_size=336,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=1024,
-            intermediate_size=2816,
-            num_hidden_layers=16,
-            num_attention_heads=16,
-            num_key_value_heads=16,
-            head_dim=64,
-            vocab_size=32064,
-            max_position_embeddings=4096,
-        ),
-        image_token_index=IMAGE_ID,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=576,
-    )
+SHAPE = LlavaShape(
+    width=1024,
+    inside=2816,
+    layers=16,
+    heads=16,
+    kv_heads=16,
+    head_size=64,
+    vocabulary=32064,
+    context=CONTEXT,
+    vision_width=512,
+    vision_inside=2048,
+    vision_layers=6,
+    vision_heads=8,
+)
+
+
+def config(shape: LlavaShape = SHAPE) -> LlavaConfig:
+    """LLaVA-1.5's configuration at a size, with the demo tokenizer's ids."""
+    special_ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD_ID}
+    described = llava_config(shape, "LlavaForConditionalGeneration", "bfloat16", IMAGE_ID, special_ids)
+    return LlavaConfig.from_dict(described)
 
 
 def picture(seed: int) -> Image.Image:
@@ -86,9 +79,9 @@ def write(folder: Path) -> Path:
     model = LlavaForConditionalGeneration(config()).to(torch.bfloat16)
     model.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
-    save_file({_hub_name(k): w for k, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    write_weights(folder, {_hub_name(k): w for k, w in weights.items()})
     write_tokenizer(folder)
-    _write_processor(folder)
+    write_processor(folder)
     processor = AutoImageProcessor.from_pretrained(folder)
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)

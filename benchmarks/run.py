@@ -23,7 +23,7 @@ from benchmarks.engine import BLOCK_SIZE, LOADS, REQUESTS, TEXT_TOKENS, picture_
 HERE = Path(__file__).parent
 # Key and value of 16 layers x 1024 channels in bf16.
 KV_BYTES_PER_TOKEN = 2 * 16 * 1024 * 2
-# What each comparison is to reach (design, section 6), by kind and load.
+# What each comparison is to reach, by kind and load.
 TARGETS = {
     ("hybrid", "prefill"): 3.0,
     ("hybrid", "mixed"): 2.5,

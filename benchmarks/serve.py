@@ -16,9 +16,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.engine import overrides  # noqa: E402
-from benchmarks.http_server import VLLM, counters, running_server  # noqa: E402
+from benchmarks.vllm_server import VllmServer  # noqa: E402
 
 HERE = Path(__file__).parent
+NAME = "bench"
 NOISE_PICTURES = 16
 
 
@@ -48,7 +49,16 @@ def noise_section(checkpoint: Path) -> dict[str, Any]:
 def server_options() -> list[str]:
     """The same for both servers."""
     return [
-        *("--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-batched-tokens", "16384"),
+        *(
+            "--served-model-name",
+            NAME,
+            "--dtype",
+            "bfloat16",
+            "--max-model-len",
+            "2048",
+            "--max-num-batched-tokens",
+            "16384",
+        ),
         *("--max-num-seqs", "64", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(3 << 30)),
     ]
 
@@ -62,8 +72,9 @@ def measure(
         requests/s, and the median seconds to first token.
 
     """
-    command = [VLLM, "bench", "serve", "--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
-    command += ["--base-url", address, "--model", "bench", "--tokenizer", str(checkpoint)]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+    command += ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
+    command += ["--base-url", address, "--model", NAME, "--tokenizer", str(checkpoint)]
     command += ["--dataset-name", "random-mm", "--random-input-len", "60", "--random-output-len", str(tokens)]
     command += ["--random-mm-base-items-per-request", "1", "--random-mm-limit-mm-per-prompt", '{"image": 1}']
     command += ["--random-mm-bucket-config", "{(336, 336, 1): 1.0}", "--num-prompts", str(requests)]
@@ -103,16 +114,16 @@ def main() -> None:
     seen: dict[str, float] = {}
     for kind in ("stock", "hybrid"):
         log = args.out / f"serve-{kind}.log"
-        with running_server(args.checkpoint, server_options(), overrides(kind, section), log) as address:
-            measure(address, args.checkpoint, 8, 2, 8, args.out / "client.json")
+        with VllmServer(args.checkpoint, log, overrides(kind, section), server_options()) as server:
+            measure(server.url, args.checkpoint, 8, 2, 8, args.out / "client.json")
             results[kind] = {
                 f"{tokens} new, {level} at once": measure(
-                    address, args.checkpoint, level, tokens, max(8, 2 * level), args.out / "client.json"
+                    server.url, args.checkpoint, level, tokens, max(8, 2 * level), args.out / "client.json"
                 )
                 for tokens in lengths
                 for level in levels
             }
-            seen = counters(address)
+            seen = server.reduced()
     lines = ["| load | requests/s | stock | ratio | first token, s | stock |", "|---|---|---|---|---|---|"]
     for load, got in results["hybrid"].items():
         base = results["stock"][load]

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.accuracy.questions import CUT, Asked
-from vllm_hybrid.method.clip_tower import LiveTokens, encode
+from vllm_hybrid.method.clip_tower import encode
 from vllm_hybrid.method.fastv import live_to_kept
+from vllm_hybrid.method.token_merging import LiveTokens
 
 Thresholds = Sequence[float | None]
 
@@ -191,7 +192,7 @@ def closed_up(thresholds: Thresholds, in_reading_order: bool) -> ImageTokens:
 def reading_order(live: LiveTokens) -> Tensor:
     """The live tokens of a single image, int64 [n], by the first patch that each holds."""
     owner = live.owner[0]
-    first = torch.full((int(live.lengths[0]),), len(owner))
+    first = torch.full((live.counts[0],), len(owner))
     return first.scatter_reduce(0, owner, torch.arange(len(owner)), "amin").argsort()
 
 
@@ -199,7 +200,7 @@ def fewer_from_the_start(thresholds: Thresholds) -> ImageTokens:
     """At random as many unmerged patches as merging would leave tokens, at their own positions."""
 
     def tokens(tower: Any, pixel_values: Tensor, number: int) -> Shown:
-        count = int(encode(tower, pixel_values, thresholds).lengths[0])
+        count = encode(tower, pixel_values, thresholds).counts[0]
         whole = everything(tower, pixel_values, number)
         chosen = at_random(whole.span, count, number)
         return Shown(whole.features[chosen], chosen, whole.span)

@@ -12,15 +12,24 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.accuracy.questions import CUT, Asked
-from benchmarks.http_server import SERVED_NAME, counters, running_server
+from benchmarks.vllm_server import VllmServer
 from vllm_hybrid.config import KNOWN_KEYS
-from vllm_hybrid.demo.model import PATCHES
+from vllm_hybrid.demo.model import SHAPE
 from vllm_hybrid.demo.tokenizer import IMAGE_ID
 
 _AT_ONCE = 16
 _TIMEOUT = 900
 # Graphs and compiled code are not worth their time for some hundred requests.
-_OPTIONS = ("--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(512 << 20))
+_NAME = "bench"
+_OPTIONS = (
+    "--served-model-name",
+    _NAME,
+    "--enforce-eager",
+    "--max-model-len",
+    "1024",
+    "--kv-cache-memory-bytes",
+    str(512 << 20),
+)
 
 
 def serve_and_ask(
@@ -47,13 +56,13 @@ def serve_and_ask(
     """
     # An override changes the keys that it names, so the checkpoint's own are taken away by name.
     override = None if section is None else dict.fromkeys(KNOWN_KEYS) | section
-    with running_server(checkpoint, [*_OPTIONS, *options], {"hybrid": override}, log) as address:
-        client = _Client(address, images)
+    with VllmServer(checkpoint, log, {"hybrid": override}, [*_OPTIONS, *options]) as server:
+        client = _Client(server.url, images)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             answers = list(pool.map(client.answer, asked))
         if section is None:
-            return answers, float(PATCHES), float(PATCHES)
-        seen = counters(address)
+            return answers, float(SHAPE.patches), float(SHAPE.patches)
+        seen = server.reduced()
         return answers, seen["live_tokens"] / seen["images"], seen["kept_tokens"] / seen["images"]
 
 
@@ -74,7 +83,7 @@ class _Client:
 
         """
         reply = self._ask(question)
-        if reply.prompt_token_ids != [*question.before, *[IMAGE_ID] * PATCHES, *question.after]:
+        if reply.prompt_token_ids != [*question.before, *[IMAGE_ID] * SHAPE.patches, *question.after]:
             raise RuntimeError(f"the server's prompt for {question.text!r} is not training's")
         choice = reply.choices[0]
         text = (choice.message.content or "").strip()
@@ -86,7 +95,7 @@ class _Client:
             {"type": "text", "text": question.text},
         ]
         return self._openai.chat.completions.create(
-            model=SERVED_NAME,
+            model=_NAME,
             messages=[{"role": "user", "content": content}],
             max_tokens=question.longest,
             temperature=0,

@@ -318,7 +318,8 @@ with (out.parent / "asked").open("a") as file:
 print("what the script itself prints")
 cells = {"check: good": {"agrees": {"all": True}}, "check: bad": {"agrees": {"bits": False}}}
 if "--time-only" in options:
-    row = {"kernel": "walk", "decodes": True, "requests": 4, "live": 90, "seconds": 2e-5, "floor_s": 1e-5}
+    row = {"kernel": "key_index", "decodes": True, "requests": 4, "live": 90}
+    row |= {"seconds": 2e-5, "floor_s": 1e-5}
     cells["time: a"] = {"kernels": [row]}
 device = {"name": "a device", "kind": "cuda", "driver": "580.1"}
 content = {"device": device, "versions": {"vllm": "0"}, "commit": options[options.index("--commit") + 1]}
@@ -351,7 +352,7 @@ def test_the_checks_of_correct_are_shown_as_far_as_they_came(
     short = first_run.all_tables(work, True, "correct")
     assert "a device, driver 580.1; vllm 0; commit c0ffee" in short and "command: `python stub.py`" in short
     assert "kernels: check: DISAGREES in bad" in short and "- checking, check: bad: DISAGREES: bits" in short
-    assert "| walk (decode step) | 4 | 90 | 20.0 | 10.00 | 2.0 |" in short and "good" not in short
+    assert "| key_index (decode step) | 4 | 90 | 20.0 | 10.00 | 2.0 |" in short and "good" not in short
     # Everything is in the long tables, whether or not the scripts came to print it.
     for log in work.glob("*.log"):
         log.unlink()
@@ -361,13 +362,20 @@ def test_the_checks_of_correct_are_shown_as_far_as_they_came(
 
 def test_the_tables_of_correct_fit_on_a_screen(tmp_path: Path) -> None:
     cells = {f"check: {n}": {"failed": "boom", "tries": 2} for n in range(60)}
-    row = {"kernel": "walk", "decodes": False, "requests": 4, "live": 90, "seconds": 2e-5, "floor_s": 1e-5}
-    cells |= {f"time: {n}": {"kernels": [row]} for n in range(15)}  # type: ignore[dict-item]
+    row = {
+        "kernel": "key_index",
+        "decodes": False,
+        "requests": 4,
+        "live": 90,
+        "seconds": 2e-5,
+        "floor_s": 1e-5,
+    }
+    cells |= {f"time: {n}": {"kernels": [row]} for n in range(15)}
     content = {"device": {"name": "a device"}, "versions": {}, "cells": cells}
     (tmp_path / "kernels.json").write_text(json.dumps(content))
     lines = first_run.all_tables(tmp_path, True, "correct").splitlines()
     assert len(lines) <= first_run.SCREEN and any("and 35 more in tables.md" in line for line in lines)
-    assert sum(line.startswith("| walk") for line in lines) == 15
+    assert sum(line.startswith("| key_index") for line in lines) == 15
     assert "- kernels, check: 0: FAILED: boom (not tried again)" in lines
 
 

@@ -104,7 +104,7 @@ def test_arrivals_come_at_the_same_rate_for_every_engine() -> None:
 
 
 def run_of(tmp_path: Path, **changes: Any) -> bench.Run:
-    run = {
+    run: dict[str, Any] = {
         "scale": TINY,
         "cuda": False,
         "eager": True,

@@ -26,14 +26,14 @@ from benchmarks.gpu.kernels.checks import errors, verdict
 from benchmarks.gpu.kernels.floors import floors
 from benchmarks.gpu.kernels.plan import checked_scenes
 from benchmarks.gpu.kernels.sanitizer import findings, sanitize
-from benchmarks.gpu.kernels.scenes import ROWS_PER_BLOCK, Heads, SceneShape, make_scene, reference_results
+from benchmarks.gpu.kernels.scenes import KV_ROWS_PER_BLOCK, Heads, SceneShape, make_scene, reference_results
 from benchmarks.gpu.running import cases
 from benchmarks.gpu.running.cases import UNLIMITED_S, Case, Record, Runner, drive
 from benchmarks.gpu.running.results import Results
 from benchmarks.gpu.running.tables import state
 from tests.support.engines import Served
 from tests.support.paths import ROOT
-from vllm_hybrid.attention import reference as oracle
+from vllm_hybrid.attention.reference import build_key_index
 
 SHAPE = SceneShape(requests=3, live=5, patches=24, text=9, heads=Heads(2, 1, 8), decodes=False)
 NO_GPU = not torch.cuda.is_available()
@@ -55,29 +55,30 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("decodes", [False, True])
 def test_a_scene_has_every_virtual_key_once(decodes: bool) -> None:
     scene = make_scene(dataclasses.replace(SHAPE, decodes=decodes), seed=0)
-    keys = oracle.walk_pages(scene.facts, scene.block_table, scene.seq_lens, 24, ROWS_PER_BLOCK)
+    keys = build_key_index(scene.facts, scene.block_table, scene.seq_lens, 24, KV_ROWS_PER_BLOCK)
     for request in range(3):
         first, end = (int(keys.member_ptr[keys.row_ptr[request + i]]) for i in (0, 1))
         assert keys.member_pos[first:end].sort().values.tolist() == list(range(24 + 9 + decodes))
-    assert keys.row_page.unique().shape[0] == 3 * (5 + 9 + decodes)
+    assert keys.kv_row_index.unique().shape[0] == 3 * (5 + 9 + decodes)
     results = reference_results(scene)
     assert bool(torch.isfinite(results["attend"]).all())
     if not decodes:
         # Two heads give one unit of attention each, to all rows of their request.
-        assert results["mass"].sum().item() == pytest.approx(3 * 2, rel=1e-5)
+        assert results["importance"].sum().item() == pytest.approx(3 * 2, rel=1e-5)
 
 
 def test_a_scene_of_kept_rows_has_their_patches_alone() -> None:
     scene = make_scene(dataclasses.replace(SHAPE, kept=2), seed=0)
-    keys = oracle.walk_pages(scene.facts, scene.block_table, scene.seq_lens, 24, ROWS_PER_BLOCK)
-    assert keys.row_page.shape[0] == 3 * (2 + 9)
-    assert keys.member_pos.shape[0] == int((scene.plan.row_of >= 0).sum()) < 3 * (24 + 9)
-    assert "mass" not in reference_results(scene)
+    keys = build_key_index(scene.facts, scene.block_table, scene.seq_lens, 24, KV_ROWS_PER_BLOCK)
+    assert keys.kv_row_index.shape[0] == 3 * (2 + 9)
+    assert keys.member_pos.shape[0] == int((scene.row_plan.row_of >= 0).sum()) < 3 * (24 + 9)
+    assert "importance" not in reference_results(scene)
 
 
 def test_requests_of_padding_answer_nothing() -> None:
     scene = make_scene(dataclasses.replace(SHAPE, decodes=True, padding=2), seed=0)
-    assert scene.query_start == [0, 1, 2, 3, 4, 5] and scene.query_ptr.tolist() == [0, 1, 2, 3, 3, 3]
+    assert scene.query_start_loc_cpu == [0, 1, 2, 3, 4, 5]
+    assert scene.query_start_loc.tolist() == [0, 1, 2, 3, 3, 3]
     answers = reference_results(scene)["attend"]
     assert bool(answers[:3].any(dim=-1).all()) and not bool(answers[3:].any())
     with pytest.raises(ValueError, match="only a step of decodes"):
@@ -87,9 +88,9 @@ def test_requests_of_padding_answer_nothing() -> None:
 def test_pages_behind_others_hold_the_same_scene() -> None:
     scene = make_scene(SHAPE, seed=3)
     behind = scene.moved_behind(10_000)
-    row_bytes = scene.pages[0].numel() * 4
-    assert int(behind.page_slots.min()) * row_bytes >= 10_000
-    assert bool(behind.pages[: int(behind.page_slots.min())].isnan().all())
+    row_bytes = scene.kv_rows[0].numel() * 4
+    assert int(behind.kv_row_index.min()) * row_bytes >= 10_000
+    assert bool(behind.kv_rows[: int(behind.kv_row_index.min())].isnan().all())
     there = reference_results(behind)
     for name, wanted in reference_results(scene).items():
         assert torch.equal(there[name], wanted)
@@ -153,14 +154,14 @@ def test_a_wrong_kernel_disagrees(fault: Callable[[torch.Tensor], None], dtype: 
     wrong = got | {"attend": got["attend"].clone()}
     fault(wrong["attend"])
     assert state(verdict(wrong, wrong, wanted, dtype)) == "DISAGREES: attend"
-    ranked = got | {"mass": got["mass"] * 1.0005}
-    assert state(verdict(ranked, ranked, wanted, dtype)) == "DISAGREES: mass"
+    scored = got | {"importance": got["importance"] * 1.0005}
+    assert state(verdict(scored, scored, wanted, dtype)) == "DISAGREES: importance"
 
 
 def test_a_second_run_of_other_bits_disagrees() -> None:
     wanted = reference_results(make_scene(SHAPE, seed=1))
     again = {name: value.clone() for name, value in wanted.items()}
-    again["mass"][0] = torch.nextafter(again["mass"][0], torch.tensor(9.0))
+    again["importance"][0] = torch.nextafter(again["importance"][0], torch.tensor(9.0))
     assert state(verdict(wanted, again, wanted, torch.float32)) == "DISAGREES: bits"
 
 
@@ -185,7 +186,14 @@ def test_kernels_are_checked_and_timed_through_the_interpreter(tmp_path: Path) -
     assert {state(cell) for cell in checked.values()} == {"agrees"}, checked
     assert {cell["seed"] for cell in checked.values()} == {7} and "seed 7" in done.stdout
     rows = [row for cell in content["cells"].values() for row in cell.get("kernels", [])]
-    assert {row["kernel"] for row in rows} == {"walk", "queries", "prefill", "segments", "mass", "decode"}
+    assert {row["kernel"] for row in rows} == {
+        "key_index",
+        "queries",
+        "prefill",
+        "segments",
+        "importance",
+        "decode",
+    }
     assert all(row["seconds"] > 0 and row["floor_s"] > 0 for row in rows)
     assert "check: agrees in all 4 scenes" in done.stdout
 

@@ -24,8 +24,8 @@ known = set(sys.modules)
 for name in ours:
     importlib.import_module(name)
 os.environ["VLLM_HYBRID_ATTENTION"] = attention
-from vllm_hybrid.attention.backend import implementation
-implementation()
+from vllm_hybrid.attention.select import select_attention
+select_attention()
 after = (torch.cuda.Event, torch.cuda.Stream, torch.cuda.current_stream, torch.Tensor.record_stream,
          torch.Tensor.pin_memory, torch.accelerator.synchronize)
 print("LOADED " + json.dumps([sorted(set(sys.modules) - known), [a is b for a, b in zip(before, after)]]))

@@ -87,7 +87,7 @@ def test_show_draws_what_the_engine_chose(tmp_path: Path, monkeypatch: pytest.Mo
     reference = Reference(plain, hybrid)
     (picture,) = decided_images(reference, 1)
     picture.save(tmp_path / "picture.png")
-    drawn = {}
+    drawn: dict[str, show.Seen] = {}
 
     def keep(picture: Image.Image, question: str, reduced: show.Seen, full: show.Seen) -> Image.Image:
         drawn.update(reduced=reduced, full=full)
@@ -121,6 +121,7 @@ def test_show_draws_what_the_engine_chose(tmp_path: Path, monkeypatch: pytest.Mo
     # The chat template writes no beginning-of-sequence token, and a server adds none to a chat.
     ids = reference.prompt_ids(prompt(QUESTION))[1:]
     (choice,) = reference.choices(ids, [picture])
+    assert reduced.kept is not None
     assert list(np.flatnonzero(reduced.kept)) == sorted(choice.kept)
     assert drawn["full"].owner is None
     assert Image.open(out).width > 3 * SIDE * PATCH * SCALE

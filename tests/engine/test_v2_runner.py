@@ -73,8 +73,8 @@ def answers(cases: Cases) -> dict[str, dict[str, Any]]:
     lost = {"prompt": prompt("Are you there?", 0), "images": []}
     requests = [*cases.work["requests"], lost]
     # Last, since what watches steps stays in the process.
-    watched = {"attention": "triton", "watched": True, "requests": requests, "spoiled": LOST}
-    alone = [{"attention": "cpu"}, {"attention": "reference"}]
+    watched: dict[str, Any] = {"attention": "triton", "watched": True, "requests": requests, "spoiled": LOST}
+    alone: list[dict[str, Any]] = [{"attention": "cpu"}, {"attention": "reference"}]
     found = _answers([cases.work | one for one in (*alone, watched)])
     return {answer["attention"]: answer for answer in found}
 

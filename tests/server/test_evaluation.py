@@ -120,7 +120,7 @@ def server() -> Iterator[FakeServer]:
         yield running
 
 
-def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int | str:
     """Run the command in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["vllm-hybrid", "eval", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
@@ -342,7 +342,7 @@ def test_base64_may_be_broken_into_lines(
     url = f"data:image/png;base64,{red}"
     assert [data.pictures(row) for row in data.rows] == [[url], [url], [url, url], [url, url]]
     with fake_server(describe) as server:
-        options = ["--data", data.file, "--url", server.url, "--out", tmp_path, "--metrics", "exact"]
+        options = ("--data", data.file, "--url", server.url, "--out", tmp_path, "--metrics", "exact")
         assert evaluate(monkeypatch, *options) == 0
         assert len(server.requests) == 4
     assert "left out" not in capsys.readouterr().out
@@ -531,7 +531,7 @@ def test_captions(
 def test_short_captions_and_limits(
     captions: Path, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--data", captions, "--url", server.url, "--out", tmp_path / "out", "--max-tokens", "40"]
+    options = ("--data", captions, "--url", server.url, "--out", tmp_path / "out", "--max-tokens", "40")
     assert evaluate(monkeypatch, *options, "--short-caption", "--limit", "2") == 0
     assert server.texts() == [SHORT_CAPTION] * 2
     assert {request["max_tokens"] for request in server.requests} == {40}
@@ -543,7 +543,7 @@ def test_short_captions_and_limits(
 def test_nothing_is_asked_twice_and_no_server_is_needed_then(
     captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--data", captions, "--out", tmp_path / "out"]
+    options = ("--data", captions, "--out", tmp_path / "out")
     with fake_server(describe) as server:
         assert evaluate(monkeypatch, *options, "--url", server.url) == 0
         first = capsys.readouterr().out
@@ -567,7 +567,7 @@ def test_a_row_that_fails_is_reported_and_asked_again(
     server.answer = lambda pictures, text: (
         400 if colour_of(pictures[0]) == "green" else describe(pictures, text)
     )
-    options = ["--data", captions, "--url", server.url, "--out", tmp_path]
+    options = ("--data", captions, "--url", server.url, "--out", tmp_path)
     assert evaluate(monkeypatch, *options) == 1
     shown = capsys.readouterr().out
     assert (
@@ -596,7 +596,7 @@ def test_rows_that_are_left_out_are_counted(
     rows += [good | {"index": str(n)} for n in (6, 7)]
     file = write_tsv(tmp_path / "Toy.tsv", rows)
     with fake_server(lambda *_: "yes") as server:
-        options = ["--data", file, "--url", server.url, "--out", tmp_path]
+        options = ("--data", file, "--url", server.url, "--out", tmp_path)
         assert evaluate(monkeypatch, *options) == 0
         assert len(server.requests) == 4
     shown = capsys.readouterr().out
@@ -634,7 +634,7 @@ def test_the_server_is_looked_for_before_all_pictures_are_read(
 ) -> None:
     file = questions(tmp_path / "Toy.tsv", {str(n): ["yes"] for n in range(9)})
     with fake_server(lambda *_: "yes") as server:
-        options = ["--data", file, "--url", server.url, "--out", tmp_path, "--model"]
+        options = ("--data", file, "--url", server.url, "--out", tmp_path, "--model")
         assert "serves tiny, not other" in refused(monkeypatch, capsys, *options, "other")
         assert len(opened) <= 1
     opened.clear()
@@ -647,7 +647,7 @@ def test_pictures_are_read_once_for_two_models(
 ) -> None:
     file = questions(tmp_path / "Toy.tsv", {str(n): ["yes"] for n in range(9)})
     with fake_server(lambda *_: "yes", "a", "b") as server:
-        options = ["--data", file, "--url", server.url, "--out", tmp_path]
+        options = ("--data", file, "--url", server.url, "--out", tmp_path)
         assert evaluate(monkeypatch, *options, "--model", "a", "--compare-model", "b") == 0
         assert len(server.requests) == 18
     assert len(opened) == 9
@@ -660,7 +660,7 @@ def test_a_missing_picture_file_costs_no_other_row(
     rows.append({"index": "3", "image_path": "x" * 300, "answer": "a"})
     file = write_tsv(tmp_path / "Toy.tsv", rows)
     with fake_server(lambda *_: "a") as server:
-        options = ["--data", file, "--url", server.url, "--out", tmp_path, "--metrics", "exact"]
+        options = ("--data", file, "--url", server.url, "--out", tmp_path, "--metrics", "exact")
         message = refused(monkeypatch, capsys, *options)
         assert "none of the 0 rows got an answer; left out: 4 rows with a picture that cannot be" in message
         Image.new("RGB", (4, 4), "red").save(tmp_path / "0.png")
@@ -700,7 +700,7 @@ def test_a_server_that_goes_away_costs_no_answer(
             return describe(pictures, text)
 
         server.answer = leave
-        options = ["--data", captions, "--url", server.url, "--out", tmp_path, "--concurrency", "1"]
+        options = ("--data", captions, "--url", server.url, "--out", tmp_path, "--concurrency", "1")
         message = refused(monkeypatch, capsys, *options)
         assert message == f"the server at {server.url} no longer answers; run again to go on where it stopped"
         assert len(lines(tmp_path / "COCO_VAL" / "tiny" / "predictions.jsonl")) == 2
@@ -729,6 +729,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     file = write_tsv(tmp_path / "Toy.tsv", rows)
     killed = threading.Event()
     held = []
+    server: FakeServer
 
     def slowly(pictures: list[str], text: str) -> str:
         if len(server.requests) > 5:
@@ -769,6 +770,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_no_more_rows_are_in_flight_than_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = questions(tmp_path / "Toy.tsv", {str(n): ["yes"] for n in range(12)})
+    server: FakeServer
 
     def wait(*_: object) -> str:
         while server.most_at_once < 3:
@@ -778,7 +780,7 @@ def test_no_more_rows_are_in_flight_than_wanted(tmp_path: Path, monkeypatch: pyt
         return "yes"
 
     with fake_server(wait) as server:
-        options = ["--data", file, "--url", server.url, "--out", tmp_path, "--concurrency", "3"]
+        options = ("--data", file, "--url", server.url, "--out", tmp_path, "--concurrency", "3")
         assert evaluate(monkeypatch, *options) == 0
         assert server.most_at_once == 3
 
@@ -793,7 +795,7 @@ def test_questions(
     with fake_server(lambda pictures, text: said[asked(text)]) as server:
         assert evaluate(monkeypatch, "--data", file, "--url", server.url, "--out", tmp_path) == 0
         assert sorted(server.texts())[0] == "What is 1?\nAnswer the question using a single word or phrase."
-        options = ["--data", file, "--url", server.url, "--out", tmp_path / "own"]
+        options = ("--data", file, "--url", server.url, "--out", tmp_path / "own")
         assert evaluate(monkeypatch, *options, "--prompt", "Q: {question} A:", "--metrics", "vqa") == 0
         assert server.texts()[-1].startswith("Q: What is ") and server.texts()[-1].endswith("? A:")
     (model,) = json.loads((tmp_path / "Toy" / "tiny.json").read_text())["models"]
@@ -828,7 +830,7 @@ def test_two_servers_are_compared(
         ) as second,
     ):
         monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
-        options = ["--data", file, "--out", tmp_path, "--url", first.url, "--compare-url", second.url]
+        options = ("--data", file, "--out", tmp_path, "--url", first.url, "--compare-url", second.url)
         assert evaluate(monkeypatch, *options) == 1
         assert "3 of 4 rows" in capsys.readouterr().out
         second.answer = lambda pictures, text: hybrid[asked(text)]
@@ -843,7 +845,7 @@ def test_two_servers_are_compared(
     report = json.loads((tmp_path / "Toy" / "full-and-hybrid.json").read_text())
     assert report["difference"] == {"Exact match": -50} and report["same_answers"] == 50
     # Servers may also run one after the other: what was answered needs none.
-    names = ["--data", file, "--out", tmp_path, "--model", "full", "--compare-model", "hybrid"]
+    names = ("--data", file, "--out", tmp_path, "--model", "full", "--compare-model", "hybrid")
     assert evaluate(monkeypatch, *names) == 0
     assert capsys.readouterr().out == shown
 
@@ -851,7 +853,7 @@ def test_two_servers_are_compared(
 def test_two_servers_may_serve_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = questions(tmp_path / "Toy.tsv", {"1": ["yes"]})
     with fake_server(lambda *_: "yes") as first, fake_server(lambda *_: "no") as second:
-        options = ["--data", file, "--out", tmp_path, "--url", first.url, "--compare-url", second.url]
+        options = ("--data", file, "--out", tmp_path, "--url", first.url, "--compare-url", second.url)
         assert evaluate(monkeypatch, *options) == 0
     report = json.loads((tmp_path / "Toy" / "tiny-and-tiny-compared.json").read_text())
     assert [model["scores"]["Exact match"] for model in report["models"]] == [100, 0]

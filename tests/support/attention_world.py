@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +9,15 @@ import torch
 from torch import Tensor
 
 from tests.support import reference
-from vllm_hybrid.attention import cpu, interface
-from vllm_hybrid.attention.interface import TierBatch
+from vllm_hybrid.attention import interface
+from vllm_hybrid.attention.interface import AttentionOps, TierBatch
 from vllm_hybrid.kv import page_facts
 from vllm_hybrid.method import row_plan
 from vllm_hybrid.method.row_plan import RowPlan, StepImages
 
 THETA = 10_000.0
 PATCHES = 40
-Attend = Callable[..., None]
+Ops = AttentionOps[Any, Any]
 
 
 def owners(live: int, patches: int = PATCHES) -> Tensor:
@@ -50,9 +49,9 @@ class World:
         shape = (total, self.block_size, page_facts.fact_words(PATCHES))
         self.facts = torch.randint(1, 90, shape, dtype=torch.int32)
         raw = torch.full((total, 3, self.block_size, self.kv_heads, 2 * self.head_size), 1e9)
-        self.rows, self.step = interface.page_rows(raw[:, 1].permute(0, 2, 1, 3))
+        self.rows, self.step = interface.as_kv_rows(raw[:, 1].permute(0, 2, 1, 3))
         firsts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
-        self.query_start = firsts
+        self.query_start_loc_cpu = firsts
         self.positions = torch.cat([torch.arange(n) for n in self.lengths])
         self.request = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
         starts = [firsts[r] + s for r, own in enumerate(self.image_starts) for s in own]
@@ -62,12 +61,12 @@ class World:
             torch.stack(owner) if owner else torch.empty(0, PATCHES, dtype=torch.int64),
         )
         inverse = THETA ** -(torch.arange(0, self.head_size, 2) / self.head_size)
-        self.angles = interface.rotation_angles(inverse, max(self.lengths))
+        self.cos_sin_cache = interface.make_cos_sin_cache(inverse, max(self.lengths))
         self.scale = self.head_size**-0.5
 
     def members(self, plan: RowPlan, request: int) -> tuple[list[int], list[list[int]]]:
         """Live rows of a request and the virtual positions of each, straight from row_of."""
-        stretch = range(self.query_start[request], self.query_start[request + 1])
+        stretch = range(self.query_start_loc_cpu[request], self.query_start_loc_cpu[request + 1])
         held: dict[int, list[int]] = {}
         for place in stretch:
             row = int(plan.row_of[place])
@@ -80,20 +79,23 @@ class World:
         block = self.table[self.request[at], self.positions[at] // self.block_size].long()
         return block, self.positions[at] % self.block_size
 
-    def store(self, plan: RowPlan, key: Tensor, value: Tensor) -> Tensor:
-        """Write facts, and keys rotated as the server stores them; returns the page rows."""
+    def store(self, plan: RowPlan, key: Tensor, value: Tensor, ops: Ops) -> Tensor:
+        """Write facts, and keys rotated as the server stores them; returns the KV rows."""
         block, offset = self.slots(plan)
         self.facts[block, offset] = page_facts.plan_facts(plan, self.images, self.positions)
         where = block * self.step + offset
-        turned = interface.rotate(key, self.angles[self.positions[plan.rows]])
-        stored = torch.where((plan.image >= 0)[:, None, None], key, turned)
-        cpu.write_pages(stored, value, self.rows, where)
+        rotated = interface.rotate(key, self.cos_sin_cache[self.positions[plan.rows]])
+        stored = torch.where((plan.image >= 0)[:, None, None], key, rotated)
+        ops.write_pages(stored, value, self.rows, where)
         return where
 
-    def batch(self, plan: RowPlan, where: Tensor, walk: Any, ranked: list[int]) -> TierBatch:
-        keys = walk(self.facts, self.table, torch.tensor(self.lengths), PATCHES, self.step)
-        query_ptr = torch.tensor(self.query_start, dtype=torch.int32)
-        return TierBatch(plan, self.positions, self.query_start, query_ptr, where, keys, ranked)
+    def key_index(self, ops: Ops) -> Any:
+        """The virtual keys of all requests, read from their pages."""
+        return ops.build_key_index(self.facts, self.table, torch.tensor(self.lengths), PATCHES, self.step)
+
+    def batch(self, plan: RowPlan, where: Tensor, scored: list[int]) -> TierBatch:
+        query_start_loc = torch.tensor(self.query_start_loc_cpu, dtype=torch.int32)
+        return TierBatch(plan, self.positions, self.query_start_loc_cpu, query_start_loc, where, scored)
 
 
 SHAPES = {
@@ -113,76 +115,72 @@ def random_rows(world: World, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def turned_queries(world: World, plan: RowPlan, query: Tensor) -> Tensor:
-    turned = interface.rotate(query, world.angles[world.positions[plan.rows]])
-    return torch.where((plan.image >= 0)[:, None, None], query, turned)
+def rotated_queries(world: World, plan: RowPlan, query: Tensor) -> Tensor:
+    rotated = interface.rotate(query, world.cos_sin_cache[world.positions[plan.rows]])
+    return torch.where((plan.image >= 0)[:, None, None], query, rotated)
 
 
 def kept_images(lower: RowPlan, keep: Tensor) -> int:
     return int((keep & (lower.image >= 0)).sum())
 
 
-def check_attention(world: World, plan: RowPlan, implementation: tuple[Any, Attend, Any]) -> None:
-    walk, attend, mass = implementation
+def check_attention(world: World, plan: RowPlan, ops: Ops) -> None:
     query, key, value = random_rows(world, plan.rows.shape[0])
-    where = world.store(plan, key, value)
-    ranked = [r for r, starts in enumerate(world.image_starts) if starts]
-    batch = world.batch(plan, where, walk, ranked)
-    given = turned_queries(world, plan, query)
+    where = world.store(plan, key, value, ops)
+    scored = [r for r, starts in enumerate(world.image_starts) if starts]
+    attention = ops.plan(world.batch(plan, where, scored), world.key_index(ops))
+    given = rotated_queries(world, plan, query)
     out = torch.full_like(query, torch.nan)
-    attend(given, world.rows, batch, world.angles, world.scale, out)
-    got_mass = mass(given, world.rows, batch, world.angles, world.scale)
+    ops.attend(given, world.rows, attention, world.cos_sin_cache, world.scale, out)
+    importance = ops.importance(given, world.rows, attention, world.cos_sin_cache, world.scale)
     for request, length in enumerate(world.lengths):
         rows, positions = world.members(plan, request)
         wanted = reference.vtu_attention(query[rows], key[rows], value[rows], positions, THETA)
         torch.testing.assert_close(out[rows], wanted, atol=2e-5, rtol=1e-4)
         last_stands = any(length - 1 in own for own in positions)
-        if request in ranked and last_stands:
-            wanted_mass = reference.attention_mass(query[rows], key[rows], positions, length - 1, THETA).sum(
-                0
-            )
-            torch.testing.assert_close(got_mass[rows], wanted_mass, atol=2e-5, rtol=1e-4)
-        elif request not in ranked:
-            assert not got_mass[rows].any()
+        if request in scored and last_stands:
+            by_head = reference.importance_by_head(query[rows], key[rows], positions, length - 1, THETA)
+            torch.testing.assert_close(importance[rows], by_head.sum(0), atol=2e-5, rtol=1e-4)
+        elif request not in scored:
+            assert not importance[rows].any()
 
 
-def check_kept_rows(world: World, implementation: tuple[Any, Attend, Any]) -> None:
+def check_kept_rows(world: World, ops: Ops) -> None:
     """Rows that FastV keeps attend like the definition."""
-    lower = row_plan.plan_live_rows(world.query_start[-1], world.images)
+    lower = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     keep = (lower.image < 0) | (torch.rand(lower.rows.shape[0]) < 0.5)
     for image in range(world.images.first_row.shape[0]):
         keep[(lower.image == image).nonzero()[0]] |= not keep[lower.image == image].any()
     # The row that answers for a prompt's end always stays.
-    keep[lower.row_of[torch.tensor(world.query_start[1:]) - 1]] = True
-    check_attention(
-        world, row_plan.plan_kept_rows(lower, world.images, keep, kept_images(lower, keep)), implementation
-    )
+    keep[lower.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    check_attention(world, row_plan.plan_kept_rows(lower, world.images, keep, kept_images(lower, keep)), ops)
 
 
-def check_later_steps(world: World, implementation: tuple[Any, Attend, Any]) -> None:
+def check_later_steps(world: World, ops: Ops) -> None:
     """Decodes and chunks read what earlier steps stored."""
-    walk, attend, _ = implementation
-    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     query, key, value = random_rows(world, plan.rows.shape[0])
-    world.store(plan, key, value)
+    world.store(plan, key, value, ops)
     # The last positions of each request once more, as a later step would bring them: a chunk of text for
     # the text request, one decoded position for the others that end in text.
     later = {0: 1, 1: 1, 2: 4}
-    starts, picked = [0], []
+    starts = [0]
+    picked: list[int] = []
     for request, count in later.items():
-        end = world.query_start[request + 1]
+        end = world.query_start_loc_cpu[request + 1]
         picked += range(end - count, end)
         starts.append(len(picked))
     virtual = torch.tensor(picked)
     rows = torch.arange(len(picked))
     step = RowPlan(rows, rows, rows, torch.full_like(rows, -1))
     chosen = list(later)
-    keys = walk(world.facts, world.table[chosen], torch.tensor(world.lengths)[chosen], PATCHES, world.step)
-    query_ptr = torch.tensor(starts, dtype=torch.int32)
-    batch = TierBatch(step, world.positions[virtual], starts, query_ptr, rows, keys, [])
-    given = interface.rotate(query[plan.row_of[virtual]], world.angles[world.positions[virtual]])
+    lengths = torch.tensor(world.lengths)[chosen]
+    keys = ops.build_key_index(world.facts, world.table[chosen], lengths, PATCHES, world.step)
+    query_start_loc = torch.tensor(starts, dtype=torch.int32)
+    batch = TierBatch(step, world.positions[virtual], starts, query_start_loc, rows, [])
+    given = interface.rotate(query[plan.row_of[virtual]], world.cos_sin_cache[world.positions[virtual]])
     out = torch.full_like(given, torch.nan)
-    attend(given, world.rows, batch, world.angles, world.scale, out)
+    ops.attend(given, world.rows, ops.plan(batch, keys), world.cos_sin_cache, world.scale, out)
     for number, request in enumerate(chosen):
         own, positions = world.members(plan, request)
         wanted = reference.vtu_attention(query[own], key[own], value[own], positions, THETA)

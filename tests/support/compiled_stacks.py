@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,7 +93,8 @@ def errors() -> dict[str, float]:
     layers = nn.ModuleList(Layer() for _ in range(LAYERS))
     worst = {"lower": 0.0, "upper": 0.0}
     with set_current_vllm_config(config), torch.inference_mode():
-        lower, upper = make_stacks(config, "model", layers, SPLIT)
+        stacks: tuple[Any, ...] = make_stacks(config, "model", layers, SPLIT)
+        lower, upper = stacks
         assert not lower.do_not_compile and not upper.do_not_compile
         for rows in (64, 40):
             kept = slice(0, rows // 2)

@@ -92,10 +92,10 @@ class ServingReference(Reference):
         self._last = last_prompt_position
         return super()._decode(prompt, generated_ids, last_prompt_position)
 
-    def _prune(self, rows: Any, mass: torch.Tensor) -> tuple[Any, list[Choice]]:
-        mass = mass.clone()
-        mass[self._row_at(rows, self._last)] = float("inf")
-        return super()._prune(rows, mass)
+    def _prune(self, rows: Any, importance: torch.Tensor) -> tuple[Any, list[Choice]]:
+        importance = importance.clone()
+        importance[self._row_at(rows, self._last)] = float("inf")
+        return super()._prune(rows, importance)
 
     def live(self, image: Image.Image) -> int:
         """Live tokens of an image."""

@@ -37,7 +37,7 @@ ARCHITECTURES = (80, 90)
 DTYPES = (torch.bfloat16, torch.float16)
 PATCHES = 576
 BLOCK_SIZE = 16
-# Positions of the longest request a block table has room for, and of the angles.
+# Positions of the longest request a block table has room for, and of the cos_sin_cache.
 LONGEST = 4096
 
 # Of one multiprocessor, from NVIDIA's CUDA programming guide, compute capabilities 8.0 and 9.0.
@@ -153,38 +153,38 @@ def compiling(architecture: int) -> Iterator[list[tuple[str, Any, str]]]:
         JITFunction.run = launch
 
 
-def _step(requests: int, tokens: int, keys: Any) -> TierBatch:
-    """A step of requests with as many rows each; the first one ranks where there are several rows."""
+def _step(requests: int, tokens: int) -> TierBatch:
+    """A step of requests with as many rows each; the first one scores where there are several rows."""
     rows = torch.arange(requests * tokens)
     starts = [request * tokens for request in range(requests + 1)]
     return TierBatch(
-        plan=RowPlan(rows, rows, rows, torch.full_like(rows, -1)),
+        row_plan=RowPlan(rows, rows, rows, torch.full_like(rows, -1)),
         positions=rows % tokens,
-        query_start=starts,
-        query_ptr=torch.tensor(starts, dtype=torch.int32),
-        page_slots=rows,
-        keys=keys,
-        ranked=[0] if tokens > 1 else [],
+        query_start_loc_cpu=starts,
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        kv_row_index=rows,
+        scored=[0] if tokens > 1 else [],
     )
 
 
 def attend(heads: Heads, dtype: torch.dtype, requests: int, tokens: int) -> None:
     """Everything the attention layers of one step launch."""
-    from vllm_hybrid.attention import gpu
+    from vllm_hybrid.attention.gpu import GpuAttention
+
+    ops = GpuAttention()
 
     facts = torch.zeros(2, BLOCK_SIZE, fact_words(PATCHES), dtype=torch.int32)
     table = torch.zeros(requests, LONGEST // BLOCK_SIZE, dtype=torch.int32)
     lengths = torch.full((requests,), tokens, dtype=torch.int32)
-    keys = gpu.walk_pages(facts, table, lengths, PATCHES, BLOCK_SIZE)
-    batch = _step(requests, tokens, keys)
-    plan = gpu.plan_attention(batch)
+    keys = ops.build_key_index(facts, table, lengths, PATCHES, BLOCK_SIZE)
+    plan = ops.plan(_step(requests, tokens), keys)
     query = torch.zeros(requests * tokens, heads.heads, heads.head_size, dtype=dtype)
-    pages = torch.zeros(2 * BLOCK_SIZE, heads.kv_heads, 2 * heads.head_size, dtype=dtype)
-    angles = torch.zeros(LONGEST, heads.head_size)
+    kv_rows = torch.zeros(2 * BLOCK_SIZE, heads.kv_heads, 2 * heads.head_size, dtype=dtype)
+    cos_sin_cache = torch.zeros(LONGEST, heads.head_size)
     scale = heads.head_size**-0.5
-    gpu.attend(query, pages, batch, plan, angles, scale, torch.empty_like(query))
-    if batch.ranked:
-        gpu.attention_mass(query, pages, batch, plan, angles, scale)
+    ops.attend(query, kv_rows, plan, cos_sin_cache, scale, torch.empty_like(query))
+    if plan.scored is not None:
+        ops.importance(query, kv_rows, plan, cos_sin_cache, scale)
 
 
 # Requests and rows of each: prompts, one prompt, and decodes with keys cut into many, some and one part.

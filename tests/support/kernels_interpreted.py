@@ -11,13 +11,11 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator  # noqa: E402
-from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from torch import Tensor  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from tests.support import attention_world as shared  # noqa: E402
@@ -25,8 +23,8 @@ from tests.support import kernel_memory  # noqa: E402
 from tests.support.attention_world import PATCHES, World  # noqa: E402
 from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
 from vllm_hybrid.attention import gpu, interface  # noqa: E402
-from vllm_hybrid.attention import reference as oracle  # noqa: E402
 from vllm_hybrid.attention.interface import TierBatch  # noqa: E402
+from vllm_hybrid.attention.reference import build_key_index  # noqa: E402
 from vllm_hybrid.attention.triton_kernels import decode as decode_kernel  # noqa: E402
 from vllm_hybrid.attention.triton_kernels.decode import split_count  # noqa: E402
 from vllm_hybrid.attention.triton_kernels.lists import KeyLists, query_lists  # noqa: E402
@@ -34,18 +32,8 @@ from vllm_hybrid.kv import page_facts  # noqa: E402
 from vllm_hybrid.method import row_plan  # noqa: E402
 from vllm_hybrid.method.row_plan import RowPlan  # noqa: E402
 
-
-def _attend(query: Tensor, rows: Tensor, batch: TierBatch, angles: Tensor, scale: float, out: Tensor) -> None:
-    gpu.attend(query, rows, batch, gpu.plan_attention(batch), angles, scale, out)
-
-
-def _mass(query: Tensor, rows: Tensor, batch: TierBatch, angles: Tensor, scale: float) -> Tensor:
-    plan = gpu.plan_attention(batch)
-    return gpu.attention_mass(query, rows, batch, plan, angles, scale)
-
-
 patch_once_a_launch()
-KERNELS: tuple[Any, Any, Any] = (gpu.walk_pages, _attend, _mass)
+GPU = gpu.GpuAttention()
 
 SHAPES = shared.SHAPES | {"odd head": (4, 1, 80, 3), "groups of three": (3, 1, 32, 6)}
 
@@ -57,7 +45,7 @@ def watched_memory() -> Iterator[None]:
 
 
 @triton.jit
-def _copy(values, out, count: tl.constexpr):
+def _copy(values, out, count: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.arange(0, count)
     tl.store(out + at, tl.load(values + at))
 
@@ -86,11 +74,11 @@ def world(request: pytest.FixtureRequest, seed: int) -> World:
 
 
 def test_live_rows(world: World) -> None:
-    shared.check_attention(world, row_plan.plan_live_rows(world.query_start[-1], world.images), KERNELS)
+    shared.check_attention(world, row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images), GPU)
 
 
 def test_kept_rows(world: World, seed: int) -> None:
-    shared.check_kept_rows(world, KERNELS)
+    shared.check_kept_rows(world, GPU)
 
 
 @pytest.mark.parametrize("processors", [1, 132])
@@ -101,25 +89,25 @@ def test_decodes_and_chunks(
     seed: int,
 ) -> None:
     monkeypatch.setattr(decode_kernel, "_processors", lambda device: processors)
-    shared.check_later_steps(world, KERNELS)
+    shared.check_later_steps(world, GPU)
 
 
 @pytest.mark.parametrize("upper", [False, True])
-def test_walks_agree(world: World, upper: bool) -> None:
-    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
+def test_key_indices_agree(world: World, upper: bool) -> None:
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     if upper:
         keep = (plan.image < 0) | (torch.rand(plan.rows.shape[0]) < 0.5)
         for image in range(len(world.images.counts)):
             keep[(plan.image == image).nonzero()[-1]] = True
         plan = row_plan.plan_kept_rows(plan, world.images, keep, shared.kept_images(plan, keep))
     _, key, value = shared.random_rows(world, plan.rows.shape[0])
-    world.store(plan, key, value)
+    world.store(plan, key, value, GPU)
     lengths = torch.tensor(world.lengths)
-    wanted = oracle.walk_pages(world.facts, world.table, lengths, PATCHES, world.step)
+    wanted = build_key_index(world.facts, world.table, lengths, PATCHES, world.step)
     # A padding request has no length, and whatever block table.
     table = torch.cat([world.table, world.table[:1]])
     lengths = torch.cat([lengths, lengths.new_zeros(1)]).int()
-    got = gpu.walk_pages(world.facts, table, lengths, PATCHES, world.step)
+    got = GPU.build_key_index(world.facts, table, lengths, PATCHES, world.step)
     assert got.count[-1] == 0
     for request in range(len(world.lengths)):
         rows = slice(int(wanted.row_ptr[request]), int(wanted.row_ptr[request + 1]))
@@ -129,27 +117,27 @@ def test_walks_agree(world: World, upper: bool) -> None:
             int(wanted.member_ptr[wanted.row_ptr[request + 1]]),
         )
         position, order = wanted.member_pos[members].sort()
-        page = wanted.row_page[rows].repeat_interleave(per_row)[order]
-        image = wanted.row_image[rows].repeat_interleave(per_row)[order]
+        kv_row = wanted.kv_row_index[rows].repeat_interleave(per_row)[order]
+        image = wanted.is_image[rows].repeat_interleave(per_row)[order]
         count = int(got.count[request])
         assert count == len(position)
-        assert torch.equal(got.rows[request, :count].long(), page)
-        assert torch.equal(got.turn[request, :count].long(), torch.where(image, position, 0))
+        assert torch.equal(got.kv_row_index[request, :count].long(), kv_row)
+        assert torch.equal(got.rope_pos[request, :count].long(), torch.where(image, position, 0))
 
 
 def test_a_page_of_another_request_leaves_no_keys(world: World) -> None:
-    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     _, key, value = shared.random_rows(world, plan.rows.shape[0])
-    world.store(plan, key, value)
+    world.store(plan, key, value, GPU)
     lengths = torch.tensor([world.lengths[1]] * 4)
-    got = gpu.walk_pages(world.facts, world.table[[1, 0, 2, 3]], lengths, PATCHES, world.step)
+    got = GPU.build_key_index(world.facts, world.table[[1, 0, 2, 3]], lengths, PATCHES, world.step)
     assert got.count[1] == -1
     foreign = torch.tensor([True, False, True, True])
-    gpu.mark_foreign(got, foreign)
+    GPU.flag_foreign_pages(got, foreign)
     assert foreign.tolist() == (got.count < 0).tolist()
 
 
-def test_walks_stay_inside_their_lists_whatever_pages_say(world: World) -> None:
+def test_key_indices_stay_inside_their_lists_whatever_pages_say(world: World) -> None:
     """Block tables may name pages of others by mistake: no facts may lead a walk out of its memory."""
     blocks, block_size, words = world.facts.shape
     facts = torch.randint(-(1 << 31), (1 << 31) - 1, (blocks, block_size, words), dtype=torch.int32)
@@ -161,44 +149,44 @@ def test_walks_stay_inside_their_lists_whatever_pages_say(world: World) -> None:
         likely = torch.randint(-1, PATCHES + 3, position.shape)
         facts[own, :, page_facts.COUNT] = torch.where(torch.rand(position.shape) < 0.8, likely, 1 << 30).int()
     lengths = torch.randint(1, world.table.shape[1] * block_size + 1, (len(world.lengths),)).int()
-    got = gpu.walk_pages(facts, world.table, lengths, PATCHES, world.step)
+    got = GPU.build_key_index(facts, world.table, lengths, PATCHES, world.step)
     assert ((got.count >= -1) & (got.count <= lengths)).all()
 
 
 def test_a_captured_decode_writes_every_row(seed: int) -> None:
     """A graph captured for four requests is replayed for two: the rows that fill it up are answered too."""
     world = World(4, 2, 64, 8, lengths=[9, PATCHES + 7], image_starts=[[], [3]], live=[[], [11]])
-    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     _, key, value = shared.random_rows(world, plan.rows.shape[0])
-    world.store(plan, key, value)
+    world.store(plan, key, value, GPU)
     requests, real = 4, 2
     rows = torch.arange(requests)
     lengths = torch.tensor([*world.lengths, 0, 0])
     table = torch.zeros(requests, world.table.shape[1], dtype=torch.int32)
     table[:real] = world.table
-    keys = gpu.walk_pages(world.facts, table, lengths, PATCHES, world.step)
+    keys = GPU.build_key_index(world.facts, table, lengths, PATCHES, world.step)
     query = torch.randn(requests, 4, 64)
     out = torch.full_like(query, torch.nan)
     batch = TierBatch(
-        plan=RowPlan(rows=rows, row_of=rows, stored_at=rows, image=torch.full_like(rows, -1)),
+        row_plan=RowPlan(rows=rows, row_of=rows, stored_at=rows, image=torch.full_like(rows, -1)),
         positions=torch.zeros(requests, dtype=torch.int64),
         # The host's view is the capture's; the device's is the replay's.
-        query_start=list(range(requests + 1)),
-        query_ptr=torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32),
-        page_slots=torch.zeros(requests, dtype=torch.int64),
-        keys=keys,
-        ranked=[],
+        query_start_loc_cpu=list(range(requests + 1)),
+        query_start_loc=torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32),
+        kv_row_index=torch.zeros(requests, dtype=torch.int64),
+        scored=[],
     )
-    _attend(query, world.rows, batch, world.angles, world.scale, out)
+    GPU.attend(query, world.rows, GPU.plan(batch, keys), world.cos_sin_cache, world.scale, out)
     assert not out[:real].isnan().any() and out[:real].any()
     assert torch.equal(out[real:], torch.zeros_like(out[real:]))
 
 
 def test_requests_without_keys_answer_zero(seed: int) -> None:
-    keys = KeyLists(*torch.zeros(2, 2, 8).int(), torch.tensor([0, -1]).int())
+    kv_row_index, rope_pos = torch.zeros(2, 2, 8).int()
+    keys = KeyLists(kv_row_index, rope_pos, torch.tensor([0, -1]).int())
     out = torch.full((2, 2, 64), torch.nan)
-    pages, angles = torch.randn(4, 2, 128), torch.zeros(8, 64)
-    decode_kernel.decode(out.clone(), torch.tensor([1, -1]).int(), pages, keys, angles, 1.0, out)
+    kv_rows, cos_sin_cache = torch.randn(4, 2, 128), torch.zeros(8, 64)
+    decode_kernel.decode(out.clone(), torch.tensor([1, -1]).int(), kv_rows, keys, cos_sin_cache, 1.0, out)
     assert out[0].isnan().all() and not out[1].any()
 
 
@@ -209,7 +197,7 @@ def test_query_lists_leave_out_padding_and_dropped_rows() -> None:
     )
     assert lists.start.tolist() == [0, 2, 4, 4]
     assert lists.row[:4].tolist() == [0, 2, 2, 1]
-    assert lists.turn[:4].tolist() == [0, 11, 13, 0]
+    assert lists.rope_pos[:4].tolist() == [0, 11, 13, 0]
     stretches = [
         lists.by_row[a:b].tolist()
         for a, b in zip(lists.row_start.tolist(), lists.row_start[1:].tolist(), strict=False)
@@ -226,20 +214,20 @@ def test_splits_depend_on_shapes_alone() -> None:
 def test_bfloat16_pages(seed: int) -> None:
     for heads in [(4, 2, 64), (2, 2, 64)]:
         world = World(*heads, 8, [PATCHES + 12], [[4]], [[11]])
-        plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
+        plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
         query, key, value = (x.bfloat16() for x in shared.random_rows(world, plan.rows.shape[0]))
         world.rows = world.rows.bfloat16()
         block, offset = world.slots(plan)
         world.facts[block, offset] = page_facts.plan_facts(plan, world.images, world.positions)
-        turned = interface.rotate(key, world.angles[world.positions[plan.rows]]).bfloat16()
-        stored = torch.where((plan.image >= 0)[:, None, None], key, turned)
+        rotated = interface.rotate(key, world.cos_sin_cache[world.positions[plan.rows]]).bfloat16()
+        stored = torch.where((plan.image >= 0)[:, None, None], key, rotated)
         where = block * world.step + offset
-        oracle.write_pages(stored, value, world.rows, where)
-        batch = world.batch(plan, where, gpu.walk_pages, [])
-        given = shared.turned_queries(world, plan, query).bfloat16()
+        GPU.write_pages(stored, value, world.rows, where)
+        attention = GPU.plan(world.batch(plan, where, []), world.key_index(GPU))
+        given = shared.rotated_queries(world, plan, query).bfloat16()
         out = torch.empty_like(given)
-        _attend(given, world.rows, batch, world.angles, world.scale, out)
+        GPU.attend(given, world.rows, attention, world.cos_sin_cache, world.scale, out)
         rows, positions = world.members(plan, 0)
-        exact = (x[rows].float() for x in (query, key, value))
-        wanted = shared.reference.vtu_attention(*exact, positions, shared.THETA)
+        q, k, v = (x[rows].float() for x in (query, key, value))
+        wanted = shared.reference.vtu_attention(q, k, v, positions, shared.THETA)
         assert (out.float() - wanted).abs().max() < 0.06

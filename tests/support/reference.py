@@ -211,7 +211,7 @@ def vtu_attention(
     return out
 
 
-def attention_mass(
+def importance_by_head(
     q: Tensor, k: Tensor, positions: Sequence[Sequence[int]], query_position: int, theta: float
 ) -> Tensor:
     """What one virtual position's query gives each row: its softmax row, summed over the row's positions.
@@ -222,14 +222,14 @@ def attention_mass(
     copy_row, copy_position = _copies(positions, q.device)
     group = q.shape[1] // k.shape[1]
     asking = copy_position == query_position
-    mass = torch.zeros(q.shape[1], len(positions), dtype=q.dtype, device=q.device)
+    importance = torch.zeros(q.shape[1], len(positions), dtype=q.dtype, device=q.device)
     for head in range(q.shape[1]):
         query = rotate(q[copy_row[asking], head], copy_position[asking], theta)
         k_copies = rotate(k[copy_row, head // group], copy_position, theta)
         scores = (query @ k_copies.T)[0] / math.sqrt(q.shape[2])
         scores = scores.masked_fill(copy_position > query_position, -math.inf)
-        mass[head].index_add_(0, copy_row, scores.softmax(dim=-1))
-    return mass
+        importance[head].index_add_(0, copy_row, scores.softmax(dim=-1))
+    return importance
 
 
 def _copies(positions: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -249,7 +249,7 @@ def keep_count(tokens: int, ratio: float) -> int:
     return max(1, math.ceil((1 - Fraction(str(ratio))) * tokens))
 
 
-def choose(importance: Tensor, ratio: float) -> list[int]:
+def select_tokens(importance: Tensor, ratio: float) -> list[int]:
     """The live tokens of one image that stay, in their old order.
 
     importance: [n]. The keep_count(n, ratio) most important stay, of equals the earlier.
@@ -507,8 +507,10 @@ class Reference:
             gated = act(self._linear(x, f"{name}.mlp.gate_proj")) * self._linear(x, f"{name}.mlp.up_proj")
             rows = _Rows(hidden + self._linear(gated, f"{name}.mlp.down_proj"), rows.positions, rows.image_of)
             if self.fastv_layer is not None and layer == self.fastv_layer - 1:
-                mass = attention_mass(q, k, rows.positions, last_prompt_position, self.theta).mean(dim=0)
-                rows, choices = self._prune(rows, mass)
+                importance = importance_by_head(q, k, rows.positions, last_prompt_position, self.theta).mean(
+                    dim=0
+                )
+                rows, choices = self._prune(rows, importance)
         hidden = self._rms_norm(rows.hidden, "decoder.norm", eps)
         wanted = [self._row_at(rows, last_prompt_position + i) for i in range(1 + len(generated_ids))]
         return self._lm_head(hidden[wanted]), choices
@@ -522,17 +524,16 @@ class Reference:
         positions = prompt.positions + [[last_prompt_position + 1 + i] for i in range(len(generated_ids))]
         return _Rows(torch.cat(hidden), positions, prompt.image_of + [None] * len(generated_ids))
 
-    def _prune(self, rows: _Rows, mass: Tensor) -> tuple[_Rows, list[Choice]]:
-        """Drop the unimportant live tokens of every image. mass: [rows], attention of the last prompt
+    def _prune(self, rows: _Rows, importance: Tensor) -> tuple[_Rows, list[Choice]]:
+        """Drop the unimportant live tokens of every image. importance: [rows], attention of the last prompt
         position.
         """
         images = max((image for image in rows.image_of if image is not None), default=-1) + 1
         choices, dropped = [], set()
         for image in range(images):
             own = [row for row, of in enumerate(rows.image_of) if of == image]
-            importance = mass[own]
-            kept = choose(importance, self.fastv_ratio)
-            choices.append(Choice(importance, kept))
+            kept = select_tokens(importance[own], self.fastv_ratio)
+            choices.append(Choice(importance[own], kept))
             dropped |= set(own) - {own[i] for i in kept}
         stay = [row for row in range(len(rows.positions)) if row not in dropped]
         positions = [rows.positions[row] for row in stay]

@@ -16,11 +16,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from tests.support.reference import Reference
+from vllm_hybrid.checkpoint.writing import (
+    LlavaShape,
+    llava_config,
+    write_json,
+    write_processor,
+    write_weights,
+)
 
 IMAGE_SIZE, PATCH_SIZE, PATCHES = 336, 14, 576
 BOS, EOS, FIRST_PIECE = 1, 2, 3 + 256
@@ -81,6 +87,25 @@ class Shape:
     vision_heads: int = 2
     vision_intermediate: int = 128
 
+    def llava(self, vocabulary: int) -> LlavaShape:
+        """All sizes, with those that every tiny checkpoint has."""
+        return LlavaShape(
+            width=self.hidden,
+            inside=self.intermediate,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_size=self.head_dim,
+            vocabulary=vocabulary,
+            context=4096,
+            vision_width=self.vision_hidden,
+            vision_inside=self.vision_intermediate,
+            vision_layers=self.vision_layers,
+            vision_heads=self.vision_heads,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+        )
+
     @property
     def tower_layers(self) -> int:
         """How many vision layers run for vision_feature_layer -2, so how many thresholds there are."""
@@ -110,88 +135,19 @@ def write_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     _write_tokenizer(path, tokenizer)
-    _write_processor(path)
+    write_processor(path, IMAGE_SIZE, PATCH_SIZE)
     image_token = tokenizer.get_vocab()["<image>"]
     vocabulary = 64 * math.ceil(tokenizer.get_vocab_size() / 64)
     special_ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": image_token + 1}
-    config = _config(sizes, vocabulary, image_token, architecture, str(dtype).removeprefix("torch."))
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    config = llava_config(sizes.llava(vocabulary), architecture, name_of_dtype, image_token, special_ids)
     if hybrid is not None:
         config["hybrid"] = dict(hybrid)
-    _write_json(path / "config.json", config)
-    _write_json(path / "generation_config.json", special_ids)
+    write_json(path / "config.json", config)
+    write_json(path / "generation_config.json", special_ids)
     weights = _random_weights(sizes, vocabulary, image_token, seed)
-    _write_weights(path, {_NAMES[names](name): tensor.to(dtype) for name, tensor in weights.items()}, shards)
+    write_weights(path, {_NAMES[names](name): tensor.to(dtype) for name, tensor in weights.items()}, shards)
     return path
-
-
-def _config(sizes: Shape, vocabulary: int, image_token: int, architecture: str, dtype: str) -> dict[str, Any]:
-    return {
-        "architectures": [architecture],
-        "model_type": "llava",
-        "dtype": dtype,
-        "ignore_index": -100,
-        "image_seq_length": PATCHES,
-        "image_token_index": image_token,
-        "pad_token_id": image_token + 1,
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "tie_word_embeddings": False,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "text_config": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "dtype": dtype,
-            "hidden_act": "silu",
-            "hidden_size": sizes.hidden,
-            "intermediate_size": sizes.intermediate,
-            "num_hidden_layers": sizes.layers,
-            "num_attention_heads": sizes.heads,
-            "num_key_value_heads": sizes.kv_heads,
-            "head_dim": sizes.head_dim,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "bos_token_id": BOS,
-            "eos_token_id": EOS,
-            "pad_token_id": image_token + 1,
-            "tie_word_embeddings": False,
-            "vocab_size": vocabulary,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_act": "quick_gelu",
-            "hidden_size": sizes.vision_hidden,
-            "intermediate_size": sizes.vision_intermediate,
-            "num_hidden_layers": sizes.vision_layers,
-            "num_attention_heads": sizes.vision_heads,
-            "image_size": IMAGE_SIZE,
-            "patch_size": PATCH_SIZE,
-            "projection_dim": sizes.vision_hidden,
-            "layer_norm_eps": 1e-5,
-        },
-    }
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _write_weights(path: Path, weights: Mapping[str, Tensor], shards: int) -> None:
-    if shards == 1:
-        save_file(dict(weights), path / "model.safetensors", metadata={"format": "pt"})
-        return
-    names = sorted(weights)
-    size = math.ceil(len(names) / shards)
-    index: dict[str, str] = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: weights[name] for name in names[shard * size : (shard + 1) * size]}
-        save_file(part, path / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, file)
-    total = sum(tensor.nbytes for tensor in weights.values())
-    content = {"metadata": {"total_size": total}, "weight_map": index}
-    _write_json(path / "model.safetensors.index.json", content)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -353,7 +309,7 @@ def _with_specials(trained: Tokenizer) -> Tokenizer:
 def _write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(str(path / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    _write_json(path / "special_tokens_map.json", names | {"image_token": "<image>"})
+    write_json(path / "special_tokens_map.json", names | {"image_token": "<image>"})
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "processor_class": "LlavaProcessor",
@@ -366,35 +322,8 @@ def _write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
         "image_token": "<image>",
         "extra_special_tokens": {"image_token": "<image>"},
     }
-    _write_json(path / "tokenizer_config.json", settings | names)
+    write_json(path / "tokenizer_config.json", settings | names)
     (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-
-
-def _write_processor(path: Path) -> None:
-    preprocessing = {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": IMAGE_SIZE},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
-    _write_json(path / "preprocessor_config.json", preprocessing)
-    processing = {
-        "processor_class": "LlavaProcessor",
-        "image_token": "<image>",
-        "num_additional_image_tokens": 1,
-        "patch_size": PATCH_SIZE,
-        "vision_feature_select_strategy": "default",
-    }
-    _write_json(path / "processor_config.json", processing)
 
 
 # --------------------------------------------------------------------------------------------------

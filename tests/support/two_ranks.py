@@ -83,7 +83,7 @@ class RankView:
         """Leave FastV's importances unreduced from now on."""
         from vllm_hybrid.models import step
 
-        step.sum_over_ranks = lambda mass: mass
+        step.sum_over_ranks = lambda part: part
 
 
 def answer(work: Work) -> Found:

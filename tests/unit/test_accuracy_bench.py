@@ -14,7 +14,7 @@ from benchmarks.accuracy.offline import Shown, at_random, fewer_after_the_choice
 from benchmarks.accuracy.questions import CUT, Asked, counts, difference, held_out, shares
 from benchmarks.accuracy.report import insert, plot, result, summary, table, tokens_per_layer
 from tools.demo_training.prompts import Prompts
-from vllm_hybrid.method.clip_tower import LiveTokens
+from vllm_hybrid.method.token_merging import LiveTokens
 
 
 def _asked(picture: int, task: str, answer: str) -> Asked:
@@ -84,7 +84,8 @@ def test_random_patches_take_the_place_of_pruned_ones(monkeypatch: pytest.Monkey
 
 def test_reading_order_is_that_of_the_first_patches() -> None:
     # Token 0 holds patches 2 and 5, token 1 patches 0 and 4, token 2 patches 1 and 3.
-    live = LiveTokens(torch.zeros(3, 2), torch.tensor([3]), torch.tensor([[1, 2, 0, 2, 1, 0]]))
+    owner, index = torch.tensor([[1, 2, 0, 2, 1, 0]]), torch.arange(3)
+    live = LiveTokens(torch.zeros(3, 2), torch.zeros_like(index), index, owner, [3])
     assert reading_order(live).tolist() == [1, 2, 0]
 
 

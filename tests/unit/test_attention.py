@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,40 +11,33 @@ from tests.support.attention_world import (
     PATCHES,
     SHAPES,
     THETA,
-    Attend,
+    Ops,
     World,
     check_attention,
     check_kept_rows,
     check_later_steps,
     kept_images,
     random_rows,
-    turned_queries,
+    rotated_queries,
 )
 from vllm_hybrid.attention import cpu, interface
-from vllm_hybrid.attention import reference as oracle
+from vllm_hybrid.attention.cpu_dense import DenseCausalAttention
 from vllm_hybrid.attention.interface import TierBatch
+from vllm_hybrid.attention.reference import ReferenceAttention
 from vllm_hybrid.kv import page_facts
 from vllm_hybrid.method import row_plan
 from vllm_hybrid.method.row_plan import RowPlan
+from vllm_hybrid.method.token_merging import PackedTokens
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 
-def _attend_cpu(
-    query: Tensor, rows: Tensor, batch: TierBatch, angles: Tensor, scale: float, out: Tensor
-) -> None:
-    plan = cpu.plan_attention(batch)
-    cpu.attend(query, rows, batch, plan, angles, scale, out)
-
-
-IMPLEMENTATIONS: dict[str, tuple[Any, Attend, Any]] = {
-    "reference": (oracle.walk_pages, oracle.attend, oracle.attention_mass),
-    "cpu": (cpu.walk_pages, _attend_cpu, cpu.attention_mass),
-}
+CPU = cpu.CpuAttention(DenseCausalAttention)
+IMPLEMENTATIONS: dict[str, Ops] = {"reference": ReferenceAttention(), "cpu": CPU}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> tuple[Any, Attend, Any]:
+def ops(request: pytest.FixtureRequest) -> Ops:
     return IMPLEMENTATIONS[request.param]
 
 
@@ -64,20 +55,16 @@ def world(request: pytest.FixtureRequest, seed: int) -> World:
     )
 
 
-def test_live_rows_attend_like_the_definition(
-    world: World, implementation: tuple[Any, Attend, Any], seed: int
-) -> None:
-    check_attention(world, row_plan.plan_live_rows(world.query_start[-1], world.images), implementation)
+def test_live_rows_attend_like_the_definition(world: World, ops: Ops, seed: int) -> None:
+    check_attention(world, row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images), ops)
 
 
-def test_kept_rows_attend_like_the_definition(
-    world: World, implementation: tuple[Any, Attend, Any], seed: int
-) -> None:
-    check_kept_rows(world, implementation)
+def test_kept_rows_attend_like_the_definition(world: World, ops: Ops, seed: int) -> None:
+    check_kept_rows(world, ops)
 
 
 def test_kept_rows_move_up_in_their_old_order(world: World, seed: int) -> None:
-    lower = row_plan.plan_live_rows(world.query_start[-1], world.images)
+    lower = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     keep = (lower.image < 0) | (torch.rand(lower.rows.shape[0]) < 0.6)
     upper = row_plan.plan_kept_rows(lower, world.images, keep, kept_images(lower, keep))
     assert torch.equal(upper.rows, lower.rows[keep])
@@ -90,32 +77,27 @@ def test_kept_rows_move_up_in_their_old_order(world: World, seed: int) -> None:
     assert torch.equal(upper.row_of < 0, dropped)
 
 
-def test_decode_and_chunks_read_what_earlier_steps_stored(
-    world: World, implementation: tuple[Any, Attend, Any], seed: int
-) -> None:
-    check_later_steps(world, implementation)
+def test_decode_and_chunks_read_what_earlier_steps_stored(world: World, ops: Ops, seed: int) -> None:
+    check_later_steps(world, ops)
 
 
-def test_walks_agree_and_jump_over_holes(world: World, seed: int) -> None:
-    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
+def test_key_indices_agree_and_jump_over_holes(world: World, seed: int) -> None:
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     _, key, value = random_rows(world, plan.rows.shape[0])
-    world.store(plan, key, value)
-    lengths = torch.tensor(world.lengths)
-    slow = oracle.walk_pages(world.facts, world.table, lengths, PATCHES, world.step)
-    fast = cpu.walk_pages(world.facts, world.table, lengths, PATCHES, world.step)
+    world.store(plan, key, value, CPU)
+    slow, fast = (world.key_index(ops) for ops in IMPLEMENTATIONS.values())
     for name, wanted in vars(slow).items():
         assert torch.equal(getattr(fast, name), wanted), name
     assert slow.member_pos.shape[0] == sum(world.lengths)
 
 
-@pytest.mark.parametrize("walk", [oracle.walk_pages, cpu.walk_pages])
-def test_a_page_of_another_request_is_an_error(world: World, walk: Any, seed: int) -> None:
-    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
+def test_a_page_of_another_request_is_an_error(world: World, ops: Ops, seed: int) -> None:
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     _, key, value = random_rows(world, plan.rows.shape[0])
-    world.store(plan, key, value)
-    swapped = world.table[[1, 0, 2, 3]]
+    world.store(plan, key, value, ops)
+    swapped, lengths = world.table[[1, 0, 2, 3]], torch.tensor([world.lengths[1]] * 4)
     with pytest.raises(RuntimeError, match="another request's data"):
-        walk(world.facts, swapped, torch.tensor([world.lengths[1]] * 4), PATCHES, world.step)
+        ops.build_key_index(world.facts, swapped, lengths, PATCHES, world.step)
 
 
 @pytest.mark.parametrize("heads", [(4, 2, 64), (3, 1, 128), (2, 2, 96)])
@@ -127,35 +109,34 @@ def test_bfloat16_stays_within_its_rounding(
     """Whole prompts, and chunks of text behind what an earlier step stored, on every kernel there is."""
     lengths = [PATCHES + text, 2 * PATCHES + 2 * text]
     world = World(*heads, 8, lengths, [[2], [0, PATCHES]], [[11], [PATCHES, 1]])
-    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     query, key, value = (x.bfloat16() for x in random_rows(world, plan.rows.shape[0]))
     world.rows = world.rows.bfloat16()
     block, offset = world.slots(plan)
     world.facts[block, offset] = page_facts.plan_facts(plan, world.images, world.positions)
-    turned = interface.rotate(key, world.angles[world.positions[plan.rows]]).bfloat16()
-    stored = torch.where((plan.image >= 0)[:, None, None], key, turned)
+    rotated = interface.rotate(key, world.cos_sin_cache[world.positions[plan.rows]]).bfloat16()
+    stored = torch.where((plan.image >= 0)[:, None, None], key, rotated)
     where = block * world.step + offset
-    cpu.write_pages(stored, value, world.rows, where)
-    given = turned_queries(world, plan, query).bfloat16()
-    batch = world.batch(plan, where, cpu.walk_pages, [])
+    CPU.write_pages(stored, value, world.rows, where)
+    given = rotated_queries(world, plan, query).bfloat16()
+    batch, keys = world.batch(plan, where, []), world.key_index(CPU)
     asked = torch.arange(plan.rows.shape[0])
     if later:
-        ends = world.query_start[1:]
+        ends = world.query_start_loc_cpu[1:]
         virtual = torch.cat([torch.arange(end - later, end) for end in ends])
         asked = plan.row_of[virtual]
         rows = torch.arange(len(virtual))
         step = RowPlan(rows, rows, rows, torch.full_like(rows, -1))
         starts = [0, later, 2 * later]
-        batch = TierBatch(
-            step, world.positions[virtual], starts, torch.tensor(starts).int(), rows, batch.keys, []
-        )
+        batch = TierBatch(step, world.positions[virtual], starts, torch.tensor(starts).int(), rows, [])
     out = torch.full_like(given[asked], torch.nan)
-    _attend_cpu(given[asked], world.rows, batch, world.angles, world.scale, out)
+    attention = CPU.plan(batch, keys)
+    CPU.attend(given[asked], world.rows, attention, world.cos_sin_cache, world.scale, out)
     got = dict(zip(asked.tolist(), out.float(), strict=True))
     for request in range(2):
         mine, positions = world.members(plan, request)
-        exact = (x[mine].float() for x in (query, key, value))
-        wanted = reference.vtu_attention(*exact, positions, THETA)
+        q, k, v = (x[mine].float() for x in (query, key, value))
+        wanted = reference.vtu_attention(q, k, v, positions, THETA)
         for row, answer in zip(mine, wanted, strict=True):
             if row in got:
                 assert (got[row] - answer).abs().max() < 0.06
@@ -163,36 +144,42 @@ def test_bfloat16_stays_within_its_rounding(
 
 @pytest.mark.parametrize("heads", [(1, 1, 64), (6, 2, 64), (16, 16, 64), (20, 4, 128), (33, 3, 64)])
 @pytest.mark.parametrize("requests", [1, 3])
-def test_bfloat16_decodes_and_masses_equal_those_of_the_same_numbers_in_float32(
+def test_bfloat16_decodes_and_importances_equal_those_of_the_same_numbers_in_float32(
     heads: tuple[int, int, int], requests: int, seed: int
 ) -> None:
     lengths, starts = [PATCHES + 90, 2 * PATCHES + 7, 30], [[2], [0, PATCHES + 3], []]
     world = World(*heads, 8, lengths[:requests], starts[:requests], [[11], [PATCHES, 1], []][:requests])
-    plan = row_plan.plan_live_rows(world.query_start[-1], world.images)
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     query, key, value = random_rows(world, plan.rows.shape[0])
-    world.store(plan, key, value)
+    world.store(plan, key, value, CPU)
     world.rows = world.rows.bfloat16()
-    keys = cpu.walk_pages(world.facts, world.table, torch.tensor(world.lengths), PATCHES, world.step)
-    last = torch.tensor(world.query_start[1:]) - 1
+    keys = world.key_index(CPU)
+    last = torch.tensor(world.query_start_loc_cpu[1:]) - 1
     order = torch.arange(requests)
     step = RowPlan(order, order, order, torch.full_like(order, -1))
     starts_of = list(range(requests + 1))
     batch = TierBatch(
-        step, world.positions[last], starts_of, torch.tensor(starts_of).int(), order, keys, order.tolist()
+        step, world.positions[last], starts_of, torch.tensor(starts_of).int(), order, order.tolist()
     )
-    given = interface.rotate(query[plan.row_of[last]], world.angles[world.positions[last]]).bfloat16()
+    given = interface.rotate(query[plan.row_of[last]], world.cos_sin_cache[world.positions[last]]).bfloat16()
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         rows, out = world.rows.to(dtype), torch.full_like(given, torch.nan, dtype=dtype)
-        _attend_cpu(given.to(dtype), rows, batch, world.angles, world.scale, out)
-        everyone = torch.zeros(keys.row_page.shape[0])
+        CPU.attend(given.to(dtype), rows, CPU.plan(batch, keys), world.cos_sin_cache, world.scale, out)
+        everyone = torch.zeros(keys.kv_row_index.shape[0])
         cpu._decode(
-            given.to(dtype), order, order, rows, keys, world.angles, world.scale, out.clone(), everyone
+            given.to(dtype), order, order, rows, keys, world.cos_sin_cache, world.scale, out.clone(), everyone
         )
         found.append((out.float(), everyone))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=2**-7)
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
     assert abs(float(found[0][1].sum()) - heads[0] * requests) < 1e-3
+
+
+def packed(lengths: Tensor, size: Tensor) -> PackedTokens:
+    """Merged tokens of these sizes."""
+    owner = torch.zeros(len(lengths), 1 + int(lengths.sum()), dtype=torch.int64)
+    return PackedTokens(torch.zeros(len(size), 1), size, lengths, owner)
 
 
 @pytest.mark.parametrize("head_size", [64, 128])
@@ -201,10 +188,7 @@ def test_proportional_attention_weighs_keys_by_their_sizes(head_size: int, seed:
     query, key, value = (torch.randn(3, int(lengths.sum()), 5, head_size) / 2).bfloat16()
     size = torch.randint(1, 400, (int(lengths.sum()),)).float()
     scale = head_size**-0.5
-    got = cpu.proportional_attention(query, key, value, lengths, size.log(), scale)
-    if not cpu.extension().bf16_serves(head_size):
-        assert got is None
-        return
+    got = CPU.proportional_attention(query, key, value, packed(lengths, size), scale)
     for image in torch.arange(int(lengths.sum())).split(lengths.tolist()):
         q, k, v = (x[image].double() for x in (query, key, value))
         weight = (torch.einsum("qhd,khd->hqk", q, k) * scale).exp() * size[image].double()
@@ -223,16 +207,15 @@ def test_scores_may_rise_and_fall_by_any_amount_along_a_sequence(rise: float, se
     query[:, :, 5] = torch.tensor([1.0, 0.5])
     key[:, :, 5] = (rise * (torch.arange(tokens) // 8 * 8) + torch.randint(0, 6, (tokens,)))[:, None]
     query, key, value = (x.bfloat16() for x in (query, key, torch.randn(tokens, 2, 64)))
-    log_size = torch.randint(1, 500, (tokens,)).log()
-    got = cpu.proportional_attention(query, key, value, lengths, log_size, 1.0)
-    assert got is not None
+    size = torch.randint(1, 500, (tokens,)).float()
+    got = CPU.proportional_attention(query, key, value, packed(lengths, size), 1.0)
     for image in torch.arange(tokens).split(lengths.tolist()):
         q, k, v = (x[image].double() for x in (query, key, value))
-        logit = torch.einsum("qhd,khd->hqk", q, k) + log_size[image].double()
+        logit = torch.einsum("qhd,khd->hqk", q, k) + size[image].double().log()
         wanted = torch.einsum("hqk,khd->qhd", logit.softmax(-1), v)
         torch.testing.assert_close(got[image].double(), wanted, atol=0.02, rtol=0.02)
 
 
 def test_layouts_other_than_slots_with_their_heads_together_are_refused() -> None:
     with pytest.raises(ValueError, match="BLNHC"):
-        interface.page_rows(torch.empty(4, 2, 8, 64))
+        interface.as_kv_rows(torch.empty(4, 2, 8, 64))

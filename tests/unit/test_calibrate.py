@@ -184,9 +184,12 @@ def test_calibration_goes_on_where_it_was_cut_off(
     loaded: list[Path] = []
     some = pictures[:8]
     load = calibrating.load_processable
-    monkeypatch.setattr(
-        calibrating, "load_processable", lambda path, by: loaded.append(path) or load(path, by)
-    )
+
+    def noted(path: Path, by: Any) -> Any:
+        loaded.append(path)
+        return load(path, by)
+
+    monkeypatch.setattr(calibrating, "load_processable", noted)
     whole = calibrate(vision_model, image_processor, some, 250, 2)
     all_loads = len(loaded)
     # Batches: 4 of thresholds, then 4 of the first measuring.
@@ -218,9 +221,12 @@ def test_finished_batches_are_kept_when_pictures_come_or_go(
     """What is found is what a run of its own finds, and only batches with other pictures are computed."""
     loaded: list[str] = []
     load, seed = calibrating.load_processable, draw.randrange(1000)
-    monkeypatch.setattr(
-        calibrating, "load_processable", lambda path, by: loaded.append(path.name) or load(path, by)
-    )
+
+    def noted(path: Path, by: Any) -> Any:
+        loaded.append(path.name)
+        return load(path, by)
+
+    monkeypatch.setattr(calibrating, "load_processable", noted)
     # Measuring starts again with other pictures.
     monkeypatch.setattr(calibrating, "find_shift", lambda average, tokens: (0.0, tokens))
 

@@ -31,7 +31,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int | str:
     """Run the command in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["vllm-hybrid", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
@@ -71,7 +71,7 @@ def test_prepare(
 ) -> None:
     out, thresholds = tmp_path / "out", tmp_path / "t.json"
     thresholds.write_text(json.dumps({"low": [0.5, 0.5, 0.5], "high": [0.9, 0.9, 0.9]}))
-    options = ["--thresholds", thresholds, "--level", "low", "--fastv-layer", "3", "--fastv-ratio", "0.25"]
+    options = ("--thresholds", thresholds, "--level", "low", "--fastv-layer", "3", "--fastv-ratio", "0.25")
     assert command(monkeypatch, "prepare", plain, out, *options) == 0
     assert "merging level low, FastV 0.25 after layer 3" in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["hybrid"]["default_level"] == "low"
@@ -89,7 +89,7 @@ def test_calibrate(
 ) -> None:
     write_pictures(tmp_path / "pictures")
     out = tmp_path / "t.json"
-    options = ["--images", tmp_path / "pictures", "--tokens", "200"]
+    options = ("--images", tmp_path / "pictures", "--tokens", "200")
     assert command(monkeypatch, "calibrate", plain, *options, "--out", out) == 0
     shown = capsys.readouterr()
     assert "3 thresholds for 200 tokens" in shown.out
@@ -107,7 +107,7 @@ def test_calibrate_with_files_that_are_no_pictures(
     """What macOS leaves beside pictures, notes, and a broken picture: said, and left out on request."""
     folder, out = tmp_path / "pictures", tmp_path / "t.json"
     write_pictures(folder)
-    wanted = ["calibrate", plain, "--images", folder, "--tokens", "200", "--batch-size", "4", "--out", out]
+    wanted = ("calibrate", plain, "--images", folder, "--tokens", "200", "--batch-size", "4", "--out", out)
     assert command(monkeypatch, *wanted) == 0
     clean = json.loads(out.read_text())
     (folder / "._wall.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
@@ -132,7 +132,7 @@ def test_calibrate_several_levels(
 ) -> None:
     write_pictures(tmp_path / "pictures")
     out = tmp_path / "levels.json"
-    options = ["--images", tmp_path / "pictures", "--tokens", "mid=250", "--tokens", "low=120"]
+    options = ("--images", tmp_path / "pictures", "--tokens", "mid=250", "--tokens", "low=120")
     assert command(monkeypatch, "calibrate", plain, *options, "--out", out) == 0
     assert "levels.json, level low: 3 thresholds for 120 tokens on average" in capsys.readouterr().out
     read = read_thresholds(out, 3, 4)
@@ -237,7 +237,7 @@ def test_broken_checkpoints_are_one_sentence(
     (source / file).write_bytes(content)
     write_pictures(tmp_path / "pictures")
     before = sorted(tmp_path.rglob("*"))
-    more = {
+    more: dict[str, list[str | Path]] = {
         "prepare": [tmp_path / "out"],
         "calibrate": ["--images", tmp_path / "pictures", "--tokens", "200", "--out", tmp_path / "t.json"],
     }

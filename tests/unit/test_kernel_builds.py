@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 # Most registers per thread. They leave room for two blocks of prefill and three of decode on a multiprocessor
-# whichever of Triton 3.6.0, 3.7.1 and 3.9.0 compiles. One block walks one request: there, nothing else wants
+# whichever of Triton 3.6.0, 3.7.1 and 3.9.0 compiles. One block reads one request: there, nothing else wants
 # the room.
 MOST_REGISTERS = {
     "combine": 40,
@@ -38,14 +38,14 @@ MOST_REGISTERS = {
     "log_sum": 96,
     "mean": 40,
     "prefill": 248,
-    "shares": 104,
+    "probabilities": 104,
     "sum": 32,
-    "walk": 224,
+    "key_index": 224,
 }
-FEWEST_BLOCKS = {"decode": 3, "prefill": 2, "walk": 2}
+FEWEST_BLOCKS = {"decode": 3, "prefill": 2, "key_index": 2}
 # Bytes of a block; a multiprocessor of sm_80 grants 163 KiB to one, of sm_90 227.
 MOST_SHARED = {"combine": 4096, "decode": 32768, "prefill": 49152}
-GATHERING = {"decode", "prefill", "log_sum", "shares"}
+GATHERING = {"decode", "prefill", "log_sum", "probabilities"}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def logger(reduces: bool = True, engine: int = 0, name: str | None = None) -> Hy
     hf_config = load_config(checkpoint())
     hf_config.hybrid = hybrid_section("fastv") if reduces else None
     model = SimpleNamespace(served_model_name=name or f"model-{next(_names)}", hf_config=hf_config)
-    return HybridStatLogger(SimpleNamespace(model_config=model), engine)  # type: ignore[arg-type]
+    return HybridStatLogger(SimpleNamespace(model_config=model), engine)
 
 
 def value(of: HybridStatLogger, name: str) -> float | None:

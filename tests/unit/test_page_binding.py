@@ -47,8 +47,8 @@ def test_attention_refuses_a_step_whose_rows_were_not_planned(monkeypatch: pytes
     monkeypatch.setenv("VLLM_HYBRID_ATTENTION", "reference")
     layer = HybridImpl(2, 4, 0.5)
     rows = torch.ones(3, 2, 4)
-    metadata = HybridMetadata(common=None)  # type: ignore[arg-type]
+    metadata = HybridMetadata(common=None)
     with pytest.raises(RuntimeError, match="before its rows were planned"):
-        layer.forward(None, rows, rows, rows, torch.zeros(0), metadata, rows.clone())  # type: ignore[arg-type]
-    profiled = layer.forward(None, rows, rows, rows, torch.zeros(0), None, rows.clone())  # type: ignore[arg-type]
+        layer.forward(None, rows, rows, rows, torch.zeros(0), metadata, rows.clone())
+    profiled = layer.forward(None, rows, rows, rows, torch.zeros(0), None, rows.clone())
     assert not profiled.any()

@@ -494,11 +494,19 @@ def change(name: str, edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path],
 
 
 def lose(*names: str) -> Callable[[Path], Any]:
-    return lambda folder: [(folder / name).unlink() for name in names]
+    def lost(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return lost
 
 
 def dangle(name: str) -> Callable[[Path], Any]:
-    return lambda folder: ((folder / name).unlink(), (folder / name).symlink_to("/nowhere/blob"))
+    def dangling(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("/nowhere/blob")
+
+    return dangling
 
 
 # What is wrong, the words that say so, and whether calibration reads that file.

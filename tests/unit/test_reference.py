@@ -17,8 +17,8 @@ from tests.support.reference import (
     Choice,
     Reference,
     Tokens,
-    attention_mass,
-    choose,
+    importance_by_head,
+    select_tokens,
     dtome_layer,
     keep_count,
     match_scores,
@@ -294,17 +294,17 @@ def test_vtu_is_attention_over_the_unmerged_sequence(kv_heads: int) -> None:
     full = _plain_attention(q[row_at], k[row_at], v[row_at])
     expected = torch.stack([full[own].mean(0) for own in positions])
     torch.testing.assert_close(vtu_attention(q, k, v, positions, THETA), expected)
-    mass = attention_mass(q, k, positions, 9, THETA)
-    torch.testing.assert_close(mass.sum(1), torch.ones(4))
+    importance = importance_by_head(q, k, positions, 9, THETA)
+    torch.testing.assert_close(importance.sum(1), torch.ones(4))
     torch.testing.assert_close(
-        torch.einsum("hr,rhd->hd", mass, v.repeat_interleave(4 // kv_heads, 1)), expected[-1]
+        torch.einsum("hr,rhd->hd", importance, v.repeat_interleave(4 // kv_heads, 1)), expected[-1]
     )
 
 
 def test_attention_mass_of_one_copy_sees_only_what_that_copy_sees() -> None:
     positions = [[0], [1, 4], [2], [3], [5]]
-    mass = attention_mass(_normal(5, 2, 8), _normal(5, 1, 8, seed=1), positions, 1, THETA)
-    assert (mass[:, [2, 3, 4]] == 0).all() and (mass[:, :2] > 0).all()
+    importance = importance_by_head(_normal(5, 2, 8), _normal(5, 1, 8, seed=1), positions, 1, THETA)
+    assert (importance[:, [2, 3, 4]] == 0).all() and (importance[:, :2] > 0).all()
 
 
 def test_rotation_is_llamas() -> None:
@@ -373,9 +373,9 @@ def test_keep_count(tokens: int, ratio: float, expected: int) -> None:
 
 
 def test_choice_keeps_the_most_important_in_order_and_the_earlier_of_equals() -> None:
-    assert choose(torch.tensor([0.1, 0.5, 0.2, 0.5, 0.2]), 0.4) == [1, 2, 3]
-    assert choose(torch.tensor([0.0, 0.0, 0.0, 0.0]), 0.5) == [0, 1]
-    assert choose(torch.tensor([0.3]), 0.9) == [0]
+    assert select_tokens(torch.tensor([0.1, 0.5, 0.2, 0.5, 0.2]), 0.4) == [1, 2, 3]
+    assert select_tokens(torch.tensor([0.0, 0.0, 0.0, 0.0]), 0.5) == [0, 1]
+    assert select_tokens(torch.tensor([0.3]), 0.9) == [0]
     assert Choice(torch.tensor([0.1, 0.4, 0.2]), [1, 2]).margin == pytest.approx(0.5)
     assert Choice(torch.tensor([0.1]), [0]).margin == math.inf
 

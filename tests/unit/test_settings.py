@@ -92,7 +92,7 @@ def test_blocks_are_small_unless_the_user_chose(hybrid: Any) -> None:
 
 
 def test_any_prompt_fits_in_one_step_where_tokens_are_pruned() -> None:
-    options = {"max_num_batched_tokens": 1024, "max_num_seqs": 8}
+    options: dict[str, Any] = {"max_num_batched_tokens": 1024, "max_num_seqs": 8}
     assert configure(PRUNES, **options).scheduler_config.max_num_batched_tokens == 2048 + 8
     assert configure(MERGES, **options).scheduler_config.max_num_batched_tokens == 1024
     enough = options | {"max_num_batched_tokens": 4096}
@@ -273,7 +273,7 @@ def cut_weights(folder: Path) -> None:
 
 
 def in_own_format(folder: Path) -> None:
-    config = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    config: dict[str, Any] = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
     config |= {"architectures": ["LlavaHybridForConditionalGeneration"], "hidden_size": 4096}
     (folder / "config.json").write_text(json.dumps(config))
 

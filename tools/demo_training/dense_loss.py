@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from tools.demo_training.batches import Batch
 from tools.demo_training.dense_labels import BACKGROUND, COLOUR_CLASSES, KIND_CLASSES
-from vllm_hybrid.demo.model import PATCH_SIZE, VISION_WIDTH
+from vllm_hybrid.demo.model import SHAPE
 from vllm_hybrid.demo.scenes import PLACES
 
 # Background patches are many and easy.
@@ -24,7 +24,7 @@ class DenseHeads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(VISION_WIDTH)
+        self.norm = nn.LayerNorm(SHAPE.vision_width)
         self.sizes = {
             "kind": KIND_CLASSES,
             "colour": COLOUR_CLASSES,
@@ -32,8 +32,8 @@ class DenseHeads(nn.Module):
             "centre": 1,
             "look": _LOOKS,
         }
-        self.patches = nn.Linear(VISION_WIDTH, sum(self.sizes.values()))
-        self.whole = nn.Linear(VISION_WIDTH, KIND_CLASSES + COLOUR_CLASSES - 2)
+        self.patches = nn.Linear(SHAPE.vision_width, sum(self.sizes.values()))
+        self.whole = nn.Linear(SHAPE.vision_width, KIND_CLASSES + COLOUR_CLASSES - 2)
 
     def forward(self, features: Tensor, batch: Batch, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The loss and how well patches of things are read.
@@ -81,9 +81,9 @@ def _classified(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _look(pixels: Tensor) -> Tensor:
     """What the patches look like [batch, patches, 15]: without it, features of all backgrounds are alike."""
-    quarters = functional.avg_pool2d(pixels, PATCH_SIZE // 2)
-    squares = functional.avg_pool2d(pixels**2, PATCH_SIZE)
-    texture = (squares - functional.avg_pool2d(pixels, PATCH_SIZE) ** 2).clamp_min(1e-4).sqrt()
+    quarters = functional.avg_pool2d(pixels, SHAPE.patch_size // 2)
+    squares = functional.avg_pool2d(pixels**2, SHAPE.patch_size)
+    texture = (squares - functional.avg_pool2d(pixels, SHAPE.patch_size) ** 2).clamp_min(1e-4).sqrt()
     folded = functional.pixel_unshuffle(quarters, 2)
     return torch.cat([folded, 2 * texture], 1).flatten(2).transpose(1, 2)
 

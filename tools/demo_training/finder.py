@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vllm_hybrid.demo.model import WIDTH
+from vllm_hybrid.demo.model import SHAPE
 from vllm_hybrid.demo.scenes import PLACES
 
 
@@ -18,8 +18,8 @@ class Finder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.cells = nn.Linear(WIDTH, len(PLACES))
+        self.norm = nn.LayerNorm(SHAPE.width)
+        self.cells = nn.Linear(SHAPE.width, len(PLACES))
 
     def forward(self, halfway: Tensor, cells: Tensor) -> tuple[Tensor, float]:
         """The loss and the share of tokens that know all their cells.

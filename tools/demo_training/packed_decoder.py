@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from tools.demo_training.network import GRID
 from tools.demo_training.prompts import NO_LOSS, PADDING, text_start
-from vllm_hybrid.demo.model import PATCHES
+from vllm_hybrid.demo.model import SHAPE
 
 _ATTENTION = "picture_and_blocks"
 
@@ -68,7 +68,7 @@ class PackedDecoder(nn.Module):
             the tokens that the batch calls described [described, width].
 
         """
-        positions, side = torch.arange(PATCHES, dtype=torch.float32), int(batch["side"])
+        positions, side = torch.arange(SHAPE.patches, dtype=torch.float32), int(batch["side"])
         if side > 1:
             features = _averaged(features, side)
             positions = _averaged(positions[None, :, None], side)[0, :, 0]
@@ -115,6 +115,6 @@ def _mask(blocks: Tensor, head: int, picture: int) -> Tensor:
     causal = torch.ones(text, text, dtype=torch.bool).tril()
     seen = (blocks[:, :, None] == blocks[:, None]) & causal & (blocks[:, None] != PADDING)
     before = torch.zeros(count, text, head + picture)
-    before[:, :, head:] = math.log(PATCHES / picture)
+    before[:, :, head:] = math.log(SHAPE.patches / picture)
     among = torch.zeros(count, text, text).masked_fill(~seen, -math.inf)
     return torch.cat([before, among], 2)[:, None]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tools.demo_training.questions import TASKS, Question
-from vllm_hybrid.demo.model import PATCHES
+from vllm_hybrid.demo.model import SHAPE
 from vllm_hybrid.demo.scenes import PLACES
 from vllm_hybrid.demo.tokenizer import IMAGE_ID, write_tokenizer
 
@@ -117,4 +117,4 @@ def chat(text: str) -> list[dict[str, Any]]:
 
 def text_start(head: list[int]) -> int:
     """Position of the first token after the picture."""
-    return len(head) + PATCHES
+    return len(head) + SHAPE.patches

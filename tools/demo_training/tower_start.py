@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_hybrid.demo.model import HEAD_SIZE, IMAGE_SIZE, PATCH_SIZE, VISION_WIDTH
+from vllm_hybrid.demo.model import SHAPE
 
-GRID = IMAGE_SIZE // PATCH_SIZE
+GRID = SHAPE.image_size // SHAPE.patch_size
 # A head compares as many channels as it has.
-_PLACE = HEAD_SIZE
-_CONTENT = VISION_WIDTH - _PLACE
+_PLACE = SHAPE.head_size
+_CONTENT = SHAPE.vision_width - _PLACE
 _FREQUENCIES = _PLACE // 4
 # Content is about as loud as positions.
 _LOUDNESS = 3.0
@@ -37,7 +37,7 @@ def start_tower(tower: Any) -> None:
     for depth, layer in enumerate(tower.encoder.layers):
         attention = layer.self_attn
         for head in range(attention.num_heads):
-            rows = slice(head * HEAD_SIZE, (head + 1) * HEAD_SIZE)
+            rows = slice(head * SHAPE.head_size, (head + 1) * SHAPE.head_size)
             # The golden angle: the directions of any few heads in a row are spread out.
             angle = number * math.pi * (3 - math.sqrt(5))
             distance = _STEP + _STRIDE * depth
@@ -49,7 +49,7 @@ def start_tower(tower: Any) -> None:
 
 def _cosine_filters() -> Tensor:
     """Filters [content, 3, patch, patch]: slow cosine waves, half of brightness, half of opponent colours."""
-    along = (torch.arange(PATCH_SIZE) + 0.5) / PATCH_SIZE
+    along = (torch.arange(SHAPE.patch_size) + 0.5) / SHAPE.patch_size
     waves = torch.stack([torch.cos(math.pi * n * along) for n in range(8)])
     waves = waves / waves.norm(dim=1, keepdim=True)
     opponents = torch.tensor([[1.0, 1, 1], [1, -1, 0], [0.5, 0.5, -1]])
@@ -59,7 +59,7 @@ def _cosine_filters() -> Tensor:
     for opponent, count in zip(opponents, (_CONTENT // 2, _CONTENT // 4, _CONTENT // 4), strict=True):
         for u, v in slowest[:count]:
             # Pictures have little of the fast waves.
-            gain = (1 + u + v) * _LOUDNESS / PATCH_SIZE
+            gain = (1 + u + v) * _LOUDNESS / SHAPE.patch_size
             filters.append(gain * opponent[:, None, None] * waves[u][:, None] * waves[v])
     return torch.stack(filters)
 

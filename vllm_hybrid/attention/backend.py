@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -27,98 +23,19 @@ from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_hybrid.attention import reference
-from vllm_hybrid.attention.interface import TierBatch, page_rows
+from vllm_hybrid.attention.interface import AttentionPlan, KeyIndex, as_kv_rows
+from vllm_hybrid.attention.select import select_attention
 from vllm_hybrid.kv.tiers import SPEC_OF_TIER, Tier, tier_block_sizes
 
 BACKEND_NAME = "HYBRID"
-IMPLEMENTATION_ENV = "VLLM_HYBRID_ATTENTION"
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One implementation of the attention function: how it writes and reads pages, prepares and attends.
-
-    ``walk_pages`` raises where a page holds another request's data, or, on a device, leaves the request
-    without keys; then ``mark_foreign`` writes into bool [requests] whose keys are missing.
-    """
-
-    write_pages: Callable[..., None]
-    walk_pages: Callable[..., Any]
-    plan: Callable[[TierBatch], Any]
-    attend: Callable[..., None]
-    attention_mass: Callable[..., torch.Tensor]
-    mark_foreign: Callable[[Any, torch.Tensor], None] | None = None
-
-
-def _reference() -> Implementation:
-    return Implementation(
-        reference.write_pages,
-        reference.walk_pages,
-        lambda batch: None,
-        lambda query, pages, batch, plan, *rest: reference.attend(query, pages, batch, *rest),
-        lambda query, pages, batch, plan, *rest: reference.attention_mass(query, pages, batch, *rest),
-    )
-
-
-def _cpu() -> Implementation:
-    # vLLM's CPU modules do not belong in a process that serves on CUDA.
-    from vllm_hybrid.attention import cpu, cpu_dense
-
-    # Compiling on the first request would keep it waiting.
-    cpu.extension()
-    return Implementation(
-        cpu.write_pages,
-        cpu.walk_pages,
-        cpu.plan_attention,
-        functools.partial(cpu.attend, causal_attention=cpu_dense.causal_attention),
-        lambda query, pages, batch, plan, *rest: cpu.attention_mass(query, pages, batch, *rest),
-    )
-
-
-def _triton() -> Implementation:
-    # Triton comes with vLLM on CUDA; a CPU does without, unless it interprets the kernels.
-    from vllm_hybrid.attention import gpu
-
-    return Implementation(
-        reference.write_pages,
-        gpu.walk_pages,
-        gpu.plan_attention,
-        gpu.attend,
-        gpu.attention_mass,
-        gpu.mark_foreign,
-    )
-
-
-IMPLEMENTATIONS: dict[str, Callable[[], Implementation]] = {
-    "reference": _reference,
-    "cpu": _cpu,
-    "triton": _triton,
-}
-
-
-def implementation() -> Implementation:
-    """The implementation VLLM_HYBRID_ATTENTION names; where it is not set, the platform's.
-
-    Raises:
-        ValueError: the environment names none that exists.
-
-    """
-    name = os.environ.get(IMPLEMENTATION_ENV, "cpu" if current_platform.is_cpu() else "triton")
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"{IMPLEMENTATION_ENV}={name!r} is not an implementation; use one of {sorted(IMPLEMENTATIONS)}"
-        )
-    return IMPLEMENTATIONS[name]()
 
 
 @dataclass
 class HybridMetadata(AttentionMetadata):
-    """What the runner tells one tier about a step; the model adds the batch before its layers run."""
+    """What the runner tells one tier about a step; the model adds the plan before its layers run."""
 
     common: CommonAttentionMetadata
-    batch: TierBatch | None = None
-    plan: Any = None
+    plan: AttentionPlan[KeyIndex] | None = None
 
 
 class HybridMetadataBuilder(AttentionMetadataBuilder[HybridMetadata]):
@@ -186,8 +103,6 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
-        *,
-        ranks_images: bool = False,
     ) -> None:
         unsupported = {
             "ALiBi": alibi_slopes,
@@ -203,9 +118,8 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.ranks_images = ranks_images
-        self.implementation = implementation()
-        self.angles: torch.Tensor | None = None
+        self.ops = select_attention()
+        self.cos_sin_cache: torch.Tensor | None = None
 
     def forward(
         self,
@@ -222,22 +136,18 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         if attn_metadata is None:
             # Profiling runs have no pages.
             return output.zero_()
-        if attn_metadata.batch is None:
+        plan, cos_sin_cache = attn_metadata.plan, self.cos_sin_cache
+        if plan is None:
             raise RuntimeError("a step reached its attention layers before its rows were planned")
-        batch, angles = attn_metadata.batch, self.angles
-        assert angles is not None, "the model sets the rotation angles before its first step"
-        rows, out = batch.page_slots.shape[0], output
+        assert cos_sin_cache is not None, "the model sets the cache before its first step"
+        rows, out = plan.batch.kv_row_index.shape[0], output
         if rows < query.shape[0]:
             # Rows behind the batch's only fill the matrix products up.
             output[rows:].zero_()
             query, key, value, out = (x[:rows] for x in (query, key, value, output))
-        pages, _ = page_rows(kv_cache)
-        self.implementation.write_pages(key, value, pages, batch.page_slots)
-        self.implementation.attend(query, pages, batch, attn_metadata.plan, angles, self.scale, out)
-        if self.ranks_images and batch.ranked:
-            batch.mass = self.implementation.attention_mass(
-                query, pages, batch, attn_metadata.plan, angles, self.scale
-            )
+        kv_rows, _ = as_kv_rows(kv_cache)
+        self.ops.write_pages(key, value, kv_rows, plan.batch.kv_row_index)
+        self.ops.attend(query, kv_rows, plan, cos_sin_cache, self.scale, out)
         return output
 
 

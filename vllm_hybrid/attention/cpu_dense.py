@@ -8,7 +8,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_hybrid.attention.cpu import VirtualPrefill, Workspace
+from vllm_hybrid.attention.cpu import Workspace
 
 _BLOCK = 128
 
@@ -22,7 +22,7 @@ class ScratchPages:
         last_blocks: int64 [sequences], the last block of each sequence.
         slots: int64 [keys], scratch slot of each key.
         table: int32 [sequences, blocks per sequence].
-        query_start: int32 [sequences + 1].
+        query_start_loc: int32 [sequences + 1].
         lengths: int32 [sequences], keys of each sequence.
         schedule: the kernel's own plan, made with the first layer.
 
@@ -32,40 +32,55 @@ class ScratchPages:
     last_blocks: torch.Tensor
     slots: torch.Tensor
     table: torch.Tensor
-    query_start: torch.Tensor
+    query_start_loc: torch.Tensor
     lengths: torch.Tensor
     schedule: torch.Tensor | None = None
 
     @classmethod
-    def lay_out(cls, query_ptr: torch.Tensor, key_ptr: torch.Tensor) -> ScratchPages:
+    def lay_out(cls, query_start_loc: torch.Tensor, key_start_loc: torch.Tensor) -> ScratchPages:
         """Give every sequence blocks of its own.
 
         Args:
-            query_ptr: int64 [sequences + 1], each one's stretch of queries.
-            key_ptr: int64 [sequences + 1], each one's stretch of keys.
+            query_start_loc: int64 [sequences + 1], each one's stretch of queries.
+            key_start_loc: int64 [sequences + 1], each one's stretch of keys.
 
         """
-        lengths = key_ptr.diff()
+        lengths = key_start_loc.diff()
         blocks = -(-lengths // _BLOCK)
         first = blocks.cumsum(0) - blocks
-        shift = (first * _BLOCK - key_ptr[:-1]).repeat_interleave(lengths)
+        shift = (first * _BLOCK - key_start_loc[:-1]).repeat_interleave(lengths)
         return cls(
             blocks=int(blocks.sum()),
             last_blocks=first + blocks - 1,
-            slots=torch.arange(int(key_ptr[-1])) + shift,
+            slots=torch.arange(int(key_start_loc[-1])) + shift,
             table=(first[:, None] + torch.arange(int(blocks.max()))).int(),
-            query_start=query_ptr.int(),
+            query_start_loc=query_start_loc.int(),
             lengths=lengths.int(),
         )
 
 
-def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: VirtualPrefill, scale: float
-) -> torch.Tensor:
-    """What :func:`vllm_hybrid.attention.cpu.torch_causal_attention` does, by vLLM's kernel."""
-    if plan.scratch is None:
-        plan.scratch = ScratchPages.lay_out(plan.query_ptr, plan.key_ptr)
-    return _attend(query, key, value, plan.scratch, scale, plan.memory)
+class DenseCausalAttention:
+    """Causal attention inside each of several sequences, aligned at their ends, for every layer of a step.
+
+    Args:
+        query_start_loc: int64 [sequences + 1], each one's stretch of queries.
+        key_start_loc: int64 [sequences + 1], each one's stretch of keys.
+        memory: where scratch pages and results lie from layer to layer.
+
+    """
+
+    def __init__(self, query_start_loc: torch.Tensor, key_start_loc: torch.Tensor, memory: Workspace) -> None:
+        self._start_locs = query_start_loc, key_start_loc
+        self._memory = memory
+        self._pages: ScratchPages | None = None
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attend; shapes as :data:`vllm_hybrid.attention.cpu.DenseAttention` has them."""
+        if self._pages is None:
+            self._pages = ScratchPages.lay_out(*self._start_locs)
+        return _attend(query, key, value, self._pages, scale, self._memory)
 
 
 def _attend(
@@ -94,7 +109,7 @@ def _attend(
             head_dim=head_size,
             seq_lens=pages.lengths,
             dtype=query.dtype,
-            query_start_loc=pages.query_start,
+            query_start_loc=pages.query_start_loc,
             causal=True,
             sliding_window_size=-1,
             isa=isa,
@@ -108,7 +123,7 @@ def _attend(
         key_cache=key_cache,
         value_cache=value_cache,
         output=out,
-        query_start_loc=pages.query_start,
+        query_start_loc=pages.query_start_loc,
         seq_lens=pages.lengths,
         scale=scale,
         causal=True,

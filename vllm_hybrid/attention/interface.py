@@ -1,74 +1,208 @@
-"""What attention over pages with holes is given: one tier's batch, virtual key lists, page rows, rotation.
+"""The seam between the model and whoever attends: what an implementation is given, and what it offers.
 
-Every implementation (``reference``, ``cpu``, ``gpu``) works on these and imports no other implementation.
+Three implementations stand behind :class:`AttentionOps`: ``reference`` (the readable oracle), ``cpu`` and
+``gpu``. In a step the model writes page facts, has every request's key index built from its pages, plans the
+attention once for all layers of a tier, and attends in each of them.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 
+from vllm_hybrid.method import token_merging
 from vllm_hybrid.method.row_plan import RowPlan
+from vllm_hybrid.method.token_merging import PackedTokens
+
+
+class KeyIndex:
+    """The virtual keys of a batch of requests, in whatever form their implementation reads."""
 
 
 @dataclass
-class VirtualKeys:
-    """The virtual key lists of a batch of requests, in the order rows stand in the pages.
+class VirtualKeys(KeyIndex):
+    """Virtual keys by row, in the order in which rows stand in the pages.
 
     Attributes:
         row_ptr: int64 [requests + 1], a request's stretch of rows.
-        row_page: int64 [rows], page row of each row: block * rows_per_block + offset.
-        row_image: bool [rows], whether the row is an image token (its key is stored unrotated).
+        kv_row_index: int64 [rows], KV row of each row: block * kv_rows_per_block + offset.
+        is_image: bool [rows], whether the row is an image token (its key is stored unrotated).
         member_ptr: int64 [rows + 1], a row's stretch of members.
         member_pos: int64 [keys], the virtual positions a row stands at, ascending inside a row.
 
     """
 
     row_ptr: torch.Tensor
-    row_page: torch.Tensor
-    row_image: torch.Tensor
+    kv_row_index: torch.Tensor
+    is_image: torch.Tensor
     member_ptr: torch.Tensor
     member_pos: torch.Tensor
 
 
 @dataclass
 class TierBatch:
-    """What one tier's attention needs to know about a step.
+    """What one tier's attention needs to know about the rows of a step.
 
     Attributes:
-        plan: the live rows of the step.
+        row_plan: the live rows of the step.
         positions: int64 [N], virtual position of each virtual row.
-        query_start: a request's stretch of virtual rows: query_start[r] .. query_start[r + 1].
-        query_ptr: int32 [requests + 1], query_start where the rows are.
-        page_slots: int64 [R], page row each live row's keys and values are written to.
-        keys: virtual key lists of all requests, this step's rows included, in the form of the
-            implementation that read them.
-        ranked: requests whose last query ranks image tokens in this step (FastV).
-        mass: float32 [R] once the ranking layer has run: attention each live row of the step received
-            from its request's last query, summed over the heads at hand; zero for requests not ranked.
+        query_start_loc_cpu: entries r and r + 1 bound the virtual rows of request r.
+        query_start_loc: int32 [requests + 1], the same where the rows are.
+        kv_row_index: int64 [R], KV row each live row's keys and values are written to.
+        scored: requests whose last query scores their image tokens in this step (FastV).
 
     """
 
-    plan: RowPlan
+    row_plan: RowPlan
     positions: torch.Tensor
-    query_start: list[int]
-    query_ptr: torch.Tensor
-    page_slots: torch.Tensor
-    keys: Any
-    ranked: list[int]
-    mass: torch.Tensor | None = None
+    query_start_loc_cpu: list[int]
+    query_start_loc: torch.Tensor
+    kv_row_index: torch.Tensor
+    scored: list[int]
 
     def live_stretch(self, request: int) -> tuple[int, int]:
         """First and one past the last live row of a request in this step; they are consecutive."""
-        begin, end = self.query_start[request], self.query_start[request + 1]
-        bounds = torch.searchsorted(self.plan.rows, torch.tensor([begin, end], device=self.plan.rows.device))
-        first, last = bounds.tolist()
+        begin, end = self.query_start_loc_cpu[request], self.query_start_loc_cpu[request + 1]
+        rows = self.row_plan.rows
+        first, last = torch.searchsorted(rows, torch.tensor([begin, end], device=rows.device)).tolist()
         return first, last
 
 
-def rotation_angles(inverse_frequency: torch.Tensor, positions: int) -> torch.Tensor:
+KeyIndexT = TypeVar("KeyIndexT", bound=KeyIndex)
+
+
+@dataclass
+class AttentionPlan(Generic[KeyIndexT]):
+    """A tier's work in a step; implementations add how it is cut up.
+
+    Attributes:
+        batch: the rows.
+        key_index: virtual keys of all requests, this step's rows included.
+
+    """
+
+    batch: TierBatch
+    key_index: KeyIndexT
+
+
+PlanT = TypeVar("PlanT", bound=AttentionPlan)
+
+
+class AttentionOps(ABC, Generic[KeyIndexT, PlanT]):
+    """One implementation of virtual unmerging attention (DyMU, arXiv 2504.17040, section 3.2).
+
+    Keys enter the softmax once per member position, rotated to it; a merged token's query attends once per
+    member position, causally by virtual position, and its output is the mean over the copies.
+    """
+
+    flags_foreign_pages: ClassVar[bool] = False
+    """Whether a page of another request is flagged; otherwise building the index raises."""
+
+    def write_pages(
+        self, key: torch.Tensor, value: torch.Tensor, kv_rows: torch.Tensor, kv_row_index: torch.Tensor
+    ) -> None:
+        """Store the keys and values of a step's live rows.
+
+        Args:
+            key: [R, kv_heads, head_size], image rows unrotated.
+            value: [R, kv_heads, head_size].
+            kv_rows: rows of :func:`as_kv_rows`; written.
+            kv_row_index: int64 [R], KV row of each.
+
+        """
+        kv_rows.index_copy_(0, kv_row_index, torch.cat([key, value], dim=-1).to(kv_rows.dtype))
+
+    @abstractmethod
+    def build_key_index(
+        self,
+        facts: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        patches: int,
+        kv_rows_per_block: int,
+    ) -> KeyIndexT:
+        """Read every request's virtual keys from its live pages.
+
+        Args:
+            facts: int32 [blocks, block_size, words], the tier's page facts.
+            block_table: int32 [requests, blocks per request]; entries inside holes may be stale, and nothing
+                may follow from them.
+            seq_lens: int32 [requests], virtual length of each request.
+            patches: patches of an image.
+            kv_rows_per_block: KV rows between two blocks of one layer.
+
+        Returns:
+            The index.
+
+        Raises:
+            RuntimeError: a page holds another request's data, unless that is flagged.
+
+        """
+
+    def flag_foreign_pages(self, key_index: KeyIndexT, flags: torch.Tensor) -> None:
+        """Write into bool [requests] whose pages held another request's data, where that does not raise."""
+
+    @abstractmethod
+    def plan(self, batch: TierBatch, key_index: KeyIndexT) -> PlanT:
+        """Sort a step's requests; done once per tier and step, used by every layer of the tier."""
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_rows: torch.Tensor,
+        plan: PlanT,
+        cos_sin_cache: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Virtual unmerging attention of every live row of a step.
+
+        Args:
+            query: [R, heads, head_size], text rows rotated, image rows not.
+            kv_rows: rows of :func:`as_kv_rows`, this step's keys and values written.
+            plan: the step's.
+            cos_sin_cache: float32 [positions, head_size] of :func:`make_cos_sin_cache`.
+            scale: factor on the scores.
+            out: [R, heads, head_size]; written.
+
+        """
+
+    @abstractmethod
+    def importance(
+        self,
+        query: torch.Tensor,
+        kv_rows: torch.Tensor,
+        plan: PlanT,
+        cos_sin_cache: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """What the last query of each scored request gives to the live rows of the step (FastV, section 3.2).
+
+        Args:
+            query: [R, heads, head_size], text rows rotated, image rows not.
+            kv_rows: rows of :func:`as_kv_rows`, this step's keys and values written.
+            plan: the step's; its batch names the scored requests.
+            cos_sin_cache: float32 [positions, head_size].
+            scale: factor on the scores.
+
+        Returns:
+            float32 [R]: attention summed over the given heads and each row's member positions; zero for rows
+            of other requests.
+
+        """
+
+    def proportional_attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: PackedTokens, scale: float
+    ) -> torch.Tensor:
+        """The vision tower's; see :func:`vllm_hybrid.method.token_merging.proportional_attention`."""
+        return token_merging.proportional_attention(query, key, value, tokens, scale)
+
+
+def make_cos_sin_cache(inverse_frequency: torch.Tensor, positions: int) -> torch.Tensor:
     """Cosines and sines of RoPE's angles for positions 0 .. positions - 1.
 
     Args:
@@ -83,23 +217,23 @@ def rotation_angles(inverse_frequency: torch.Tensor, positions: int) -> torch.Te
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     """RoPE in half-split style.
 
     Args:
         x: [..., n, heads, head_size].
-        angles: float32 [n, head_size] of :func:`rotation_angles`, one row per entry of n.
+        cos_sin: float32 [n, head_size] of :func:`make_cos_sin_cache`, one row per entry of n.
 
     Returns:
         float32, the shape of x.
 
     """
-    cos, sin = angles[..., None, :].chunk(2, dim=-1)
+    cos, sin = cos_sin[..., None, :].chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def page_rows(kv_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
+def as_kv_rows(kv_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
     """All slots of one layer's pages as rows that can be gathered and scattered by one index.
 
     Args:
@@ -107,8 +241,8 @@ def page_rows(kv_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
             block is outermost and a slot's heads lie together (layout BLNHC).
 
     Returns:
-        rows [rows, kv_heads, 2 * head_size], a view whose row ``block * step + offset`` is the slot
-        ``offset`` of the block, and the step.
+        KV rows [rows, kv_heads, 2 * head_size], a view whose row ``block * kv_rows_per_block + offset`` is
+        the slot ``offset`` of the block, and kv_rows_per_block.
 
     Raises:
         ValueError: the cache has another layout.

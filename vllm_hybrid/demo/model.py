@@ -20,6 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE, load_tower
+from vllm_hybrid.checkpoint.writing import (
+    LlavaShape,
+    llava_config,
+    write_json,
+    write_processor,
+    write_weights,
+)
 from vllm_hybrid.demo.pictures import write_pictures
 from vllm_hybrid.demo.scenes import draw_scene
 from vllm_hybrid.demo.tokenizer import (
@@ -29,19 +36,26 @@ from vllm_hybrid.demo.tokenizer import (
     EOS,
     FIRST_PIECE,
     IMAGE_ID,
-    IMAGE_TOKEN,
     PAD_ID,
-    write_json,
     write_tokenizer,
 )
 from vllm_hybrid.tools.calibrate import Progress, calibrate
 from vllm_hybrid.tools.folders import complete_folder
 
-IMAGE_SIZE, PATCH_SIZE, PATCHES = 336, 14, 576
-VOCABULARY = 1088
-VISION_WIDTH, VISION_LAYERS, VISION_HEADS, VISION_INSIDE = 192, 6, 3, 768
-WIDTH, LAYERS, HEADS, INSIDE = 256, 8, 4, 512
-HEAD_SIZE = 64
+SHAPE = LlavaShape(
+    width=256,
+    inside=512,
+    layers=8,
+    heads=4,
+    kv_heads=4,
+    head_size=64,
+    vocabulary=1088,
+    context=CONTEXT,
+    vision_width=192,
+    vision_inside=768,
+    vision_layers=6,
+    vision_heads=3,
+)
 
 # Average live tokens of the calibration pictures at each level; those of DyMU's LLaVA-1.5 models.
 LEVELS = {"low": 94, "mid": 195, "high": 394}
@@ -82,13 +96,11 @@ def write_demo_model(
         ValueError: ``out`` is taken; one sentence says by what.
 
     """
-    from safetensors.torch import save_file
-
     with complete_folder(out, force) as folder:
         write_tokenizer(folder)
-        _write_processor(folder)
+        write_processor(folder)
         made = {name: t.to(torch.bfloat16).contiguous() for name, t in weights().items()}
-        save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+        write_weights(folder, made)
         write_json(folder / "generation_config.json", _special_ids())
         write_json(folder / "config.json", config(None))
         write_pictures(folder / "pictures")
@@ -108,63 +120,19 @@ def write_scenes(folder: Path, series: int, count: int) -> list[Path]:
 
 def config(hybrid: dict[str, Any] | None) -> dict[str, Any]:
     """The checkpoint's ``config.json`` with the given ``hybrid`` section."""
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llava",
-        "torch_dtype": "bfloat16",
-        "hybrid": hybrid,
-        "ignore_index": -100,
-        "image_seq_length": PATCHES,
-        "image_token_index": IMAGE_ID,
-        "pad_token_id": PAD_ID,
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "tie_word_embeddings": False,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "text_config": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "torch_dtype": "bfloat16",
-            "hidden_act": "silu",
-            "hidden_size": WIDTH,
-            "intermediate_size": INSIDE,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": HEADS,
-            "head_dim": HEAD_SIZE,
-            "max_position_embeddings": CONTEXT,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": False,
-            "vocab_size": VOCABULARY,
-            **_special_ids(),
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_act": "quick_gelu",
-            "hidden_size": VISION_WIDTH,
-            "intermediate_size": VISION_INSIDE,
-            "num_hidden_layers": VISION_LAYERS,
-            "num_attention_heads": VISION_HEADS,
-            "image_size": IMAGE_SIZE,
-            "patch_size": PATCH_SIZE,
-            "projection_dim": VISION_WIDTH,
-            "layer_norm_eps": 1e-5,
-        },
-    }
+    return llava_config(SHAPE, ARCHITECTURE, "bfloat16", IMAGE_ID, _special_ids()) | {"hybrid": hybrid}
 
 
 def random_weights(seed: int) -> Weights:
     """Random weights in float32, by the names of llava-1.5-7b-hf; the same ones for the same seed."""
     made = _Random(seed)
     _add_tower(made)
-    made.linear("multi_modal_projector.linear_1", WIDTH, VISION_WIDTH, gain=1.5, bias=0.1)
-    made.linear("multi_modal_projector.linear_2", WIDTH, WIDTH, gain=1.5, bias=0.1)
+    made.linear("multi_modal_projector.linear_1", SHAPE.width, SHAPE.vision_width, gain=1.5, bias=0.1)
+    made.linear("multi_modal_projector.linear_2", SHAPE.width, SHAPE.width, gain=1.5, bias=0.1)
     _add_decoder(made)
     # Answers should be readable: only word pieces and the end have logits other than 0, and of so many
     # logits of deviation 3 one that is 0 is never the largest.
-    unwanted = [i for i in range(VOCABULARY) if i != EOS and not FIRST_PIECE <= i < IMAGE_ID]
+    unwanted = [i for i in range(SHAPE.vocabulary) if i != EOS and not FIRST_PIECE <= i < IMAGE_ID]
     made["language_model.lm_head.weight"][unwanted] = 0
     return dict(made)
 
@@ -192,20 +160,21 @@ class _Random(dict[str, Tensor]):
 
 def _add_tower(made: _Random) -> None:
     tower = "vision_tower.vision_model"
-    made[f"{tower}.embeddings.class_embedding"] = made.normal(VISION_WIDTH)
-    kernel = made.normal(VISION_WIDTH, 3, PATCH_SIZE, PATCH_SIZE) / math.sqrt(3 * PATCH_SIZE**2)
+    made[f"{tower}.embeddings.class_embedding"] = made.normal(SHAPE.vision_width)
+    side = SHAPE.patch_size
+    kernel = made.normal(SHAPE.vision_width, 3, side, side) / math.sqrt(3 * side**2)
     made[f"{tower}.embeddings.patch_embedding.weight"] = kernel
     made[f"{tower}.embeddings.position_embedding.weight"] = _smooth_positions(made)
-    made.norm(f"{tower}.pre_layrnorm", VISION_WIDTH, bias=True)
-    made.norm(f"{tower}.post_layernorm", VISION_WIDTH, bias=True)
-    for layer in range(VISION_LAYERS):
+    made.norm(f"{tower}.pre_layrnorm", SHAPE.vision_width, bias=True)
+    made.norm(f"{tower}.post_layernorm", SHAPE.vision_width, bias=True)
+    for layer in range(SHAPE.vision_layers):
         name = f"{tower}.encoder.layers.{layer}"
         for part, gain in (("q_proj", 1.4), ("k_proj", 1.4), ("v_proj", 0.8), ("out_proj", 0.8)):
-            made.linear(f"{name}.self_attn.{part}", VISION_WIDTH, VISION_WIDTH, gain, bias=0.2)
-        made.norm(f"{name}.layer_norm1", VISION_WIDTH, bias=True)
-        made.norm(f"{name}.layer_norm2", VISION_WIDTH, bias=True)
-        made.linear(f"{name}.mlp.fc1", VISION_INSIDE, VISION_WIDTH, gain=1.5, bias=0.1)
-        made.linear(f"{name}.mlp.fc2", VISION_WIDTH, VISION_INSIDE, gain=0.7, bias=0.1)
+            made.linear(f"{name}.self_attn.{part}", SHAPE.vision_width, SHAPE.vision_width, gain, bias=0.2)
+        made.norm(f"{name}.layer_norm1", SHAPE.vision_width, bias=True)
+        made.norm(f"{name}.layer_norm2", SHAPE.vision_width, bias=True)
+        made.linear(f"{name}.mlp.fc1", SHAPE.vision_inside, SHAPE.vision_width, gain=1.5, bias=0.1)
+        made.linear(f"{name}.mlp.fc2", SHAPE.vision_width, SHAPE.vision_inside, gain=0.7, bias=0.1)
 
 
 def _smooth_positions(made: _Random) -> Tensor:
@@ -213,30 +182,30 @@ def _smooth_positions(made: _Random) -> Tensor:
 
     Patches of equal content are then similar, the more so the nearer they are, so that plain pictures merge.
     """
-    side = IMAGE_SIZE // PATCH_SIZE
+    side = SHAPE.image_size // SHAPE.patch_size
     grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
-    waves = made.normal(2, VISION_WIDTH) * (1.4 * math.pi / side)
-    phases = made.normal(VISION_WIDTH) * math.pi
-    patches = 0.25 * (grid @ waves + phases).sin() + 0.08 * made.normal(PATCHES, VISION_WIDTH)
-    return torch.cat([made.normal(1, VISION_WIDTH), 0.3 * made.normal(1, VISION_WIDTH) + patches])
+    waves = made.normal(2, SHAPE.vision_width) * (1.4 * math.pi / side)
+    phases = made.normal(SHAPE.vision_width) * math.pi
+    patches = 0.25 * (grid @ waves + phases).sin() + 0.08 * made.normal(SHAPE.patches, SHAPE.vision_width)
+    return torch.cat([made.normal(1, SHAPE.vision_width), 0.3 * made.normal(1, SHAPE.vision_width) + patches])
 
 
 def _add_decoder(made: _Random) -> None:
-    heads = HEADS * HEAD_SIZE
-    made["language_model.model.embed_tokens.weight"] = made.normal(VOCABULARY, WIDTH)
-    for layer in range(LAYERS):
+    heads = SHAPE.heads * SHAPE.head_size
+    made["language_model.model.embed_tokens.weight"] = made.normal(SHAPE.vocabulary, SHAPE.width)
+    for layer in range(SHAPE.layers):
         name = f"language_model.model.layers.{layer}"
-        made.norm(f"{name}.input_layernorm", WIDTH)
-        made.norm(f"{name}.post_attention_layernorm", WIDTH)
-        made.linear(f"{name}.self_attn.q_proj", heads, WIDTH, gain=1.4)
-        made.linear(f"{name}.self_attn.k_proj", heads, WIDTH, gain=1.4)
-        made.linear(f"{name}.self_attn.v_proj", heads, WIDTH, gain=1.2)
-        made.linear(f"{name}.self_attn.o_proj", WIDTH, heads, gain=1.2)
-        made.linear(f"{name}.mlp.gate_proj", INSIDE, WIDTH, gain=1.0)
-        made.linear(f"{name}.mlp.up_proj", INSIDE, WIDTH, gain=1.0)
-        made.linear(f"{name}.mlp.down_proj", WIDTH, INSIDE, gain=1.0)
-    made.norm("language_model.model.norm", WIDTH)
-    made.linear("language_model.lm_head", VOCABULARY, WIDTH, gain=3.0)
+        made.norm(f"{name}.input_layernorm", SHAPE.width)
+        made.norm(f"{name}.post_attention_layernorm", SHAPE.width)
+        made.linear(f"{name}.self_attn.q_proj", heads, SHAPE.width, gain=1.4)
+        made.linear(f"{name}.self_attn.k_proj", heads, SHAPE.width, gain=1.4)
+        made.linear(f"{name}.self_attn.v_proj", heads, SHAPE.width, gain=1.2)
+        made.linear(f"{name}.self_attn.o_proj", SHAPE.width, heads, gain=1.2)
+        made.linear(f"{name}.mlp.gate_proj", SHAPE.inside, SHAPE.width, gain=1.0)
+        made.linear(f"{name}.mlp.up_proj", SHAPE.inside, SHAPE.width, gain=1.0)
+        made.linear(f"{name}.mlp.down_proj", SHAPE.width, SHAPE.inside, gain=1.0)
+    made.norm("language_model.model.norm", SHAPE.width)
+    made.linear("language_model.lm_head", SHAPE.vocabulary, SHAPE.width, gain=3.0)
 
 
 def _hybrid_section(folder: Path, progress: Progress | None) -> dict[str, Any]:
@@ -258,30 +227,3 @@ def _hybrid_section(folder: Path, progress: Progress | None) -> dict[str, Any]:
 
 def _special_ids() -> dict[str, int]:
     return {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD_ID}
-
-
-def _write_processor(folder: Path) -> None:
-    preprocessing = {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": IMAGE_SIZE},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
-    processing = {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE_TOKEN,
-        "num_additional_image_tokens": 1,
-        "patch_size": PATCH_SIZE,
-        "vision_feature_select_strategy": "default",
-    }
-    write_json(folder / "preprocessor_config.json", preprocessing)
-    write_json(folder / "processor_config.json", processing)

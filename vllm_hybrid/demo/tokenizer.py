@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from vllm_hybrid.checkpoint.writing import IMAGE_TOKEN, write_json
+
 PIECES = 1024
 BOS, EOS = 1, 2
-IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+PAD_TOKEN = "<pad>"
 IMAGE_ID, PAD_ID = PIECES, PIECES + 1
 # Ids up to here are <unk>, <s>, </s> and one for every byte.
 FIRST_PIECE = 3 + 256
@@ -75,8 +77,3 @@ def write_tokenizer(folder: Path) -> None:
         folder / "special_tokens_map.json", names | {"pad_token": PAD_TOKEN, "image_token": IMAGE_TOKEN}
     )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-
-
-def write_json(file: Path, content: object) -> None:
-    """Write a value as readable JSON."""
-    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -7,32 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_hybrid.method.token_merging import PackedTokens, join, live_rows, match, proportional_attention
+from vllm_hybrid.method.token_merging import LiveTokens, PackedTokens, join, match, proportional_attention
 
 # Called as rule(layer, tokens, best): see run_tower.
 MergeRule = Callable[[int, PackedTokens, torch.Tensor], torch.Tensor | None]
-
-
-@dataclass
-class LiveTokens:
-    """The live tokens of several images at the tower's feature layer, class tokens left out.
-
-    Attributes:
-        features: [live, C], one image after the other.
-        lengths: int64 [images], live tokens per image.
-        owner: int64 [images, P], number (0 .. n - 1) of the live token that holds each patch.
-
-    """
-
-    features: torch.Tensor
-    lengths: torch.Tensor
-    owner: torch.Tensor
 
 
 def executed_layers(layers: int, feature_layer: int) -> int:
@@ -121,7 +104,7 @@ def run_tower(
         if merges is not None:
             tokens = join(tokens, merges, into)
         tokens.hidden = tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden))
-    return LiveTokens(tokens.hidden[live_rows(tokens)[0]], tokens.lengths - 1, tokens.owner)
+    return LiveTokens.of(tokens)
 
 
 def _attend(attention: Any, hidden: torch.Tensor, tokens: PackedTokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,5 +114,5 @@ def _attend(attention: Any, hidden: torch.Tensor, tokens: PackedTokens) -> tuple
     query, keys, value = (
         x.unflatten(-1, (heads, -1)) for x in (attention.q_proj(hidden), key, attention.v_proj(hidden))
     )
-    mixed = proportional_attention(query, keys, value, tokens, attention.scale)
-    return attention.out_proj(mixed.flatten(-2)), keys.float().mean(dim=-2)
+    attended = proportional_attention(query, keys, value, tokens, attention.scale)
+    return attention.out_proj(attended.flatten(-2)), keys.float().mean(dim=-2)

@@ -15,7 +15,7 @@ def _kept_table(size: int, ratio: float, device: torch.device) -> torch.Tensor:
     return torch.tensor([live_to_kept(n, ratio) for n in range(size)], device=device)
 
 
-def choose(importance: torch.Tensor, lengths: torch.Tensor, ratio: float) -> torch.Tensor:
+def select_tokens(importance: torch.Tensor, lengths: torch.Tensor, ratio: float) -> torch.Tensor:
     """Keep each image's most important tokens; the host does not wait for the device.
 
     Args:
@@ -35,9 +35,9 @@ def choose(importance: torch.Tensor, lengths: torch.Tensor, ratio: float) -> tor
     image = torch.arange(lengths.shape[0], device=device).repeat_interleave(lengths, output_size=tokens)
     by_importance = importance.argsort(descending=True, stable=True)
     order = by_importance[image[by_importance].argsort(stable=True)]
-    rank = torch.arange(tokens, device=device) - (lengths.cumsum(0) - lengths)[image]
+    place = torch.arange(tokens, device=device) - (lengths.cumsum(0) - lengths)[image]
     keep = torch.empty(tokens, dtype=torch.bool, device=device)
-    keep[order] = rank < kept[image]
+    keep[order] = place < kept[image]
     return keep
 
 

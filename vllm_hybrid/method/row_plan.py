@@ -88,7 +88,7 @@ class RowPlan:
 
 
 def plan_live_rows(num_rows: int, images: StepImages) -> RowPlan:
-    """The lower tier's rows: all text and the live tokens of every image (design: holes after n slots).
+    """The lower tier's rows: all text and the live tokens of every image.
 
     Args:
         num_rows: virtual rows of the step, N.
@@ -131,12 +131,12 @@ def plan_kept_rows(lower: RowPlan, images: StepImages, keep: torch.Tensor, kept_
     row_of = torch.where(keep[lower.row_of], compact[lower.row_of], -1)
     kept = true_places(keep, lower.rows.shape[0] - sum(images.counts) + kept_images)
     image = lower.image[kept]
-    # Rank of a kept token inside its image: kept rows before it less kept rows before its image.
+    # Number of a kept token inside its image: kept rows before it less kept rows before its image.
     first_live = lower.row_of.new_zeros(images.first_row.shape[0])
     first_live += torch.searchsorted(lower.rows, images.first_row)
     before_image = compact[first_live] - keep[first_live].long() + 1
     is_image = image >= 0
     at = image.clamp(min=0)
-    rank = torch.arange(kept.shape[0], device=kept.device) - before_image[at]
-    stored_at = torch.where(is_image, images.first_row[at] + rank, lower.rows[kept])
+    index = torch.arange(kept.shape[0], device=kept.device) - before_image[at]
+    stored_at = torch.where(is_image, images.first_row[at] + index, lower.rows[kept])
     return RowPlan(rows=lower.rows[kept], row_of=row_of, stored_at=stored_at, image=image)

@@ -147,8 +147,8 @@ def proportional_attention(
     mask = None if bias is None else bias.to(query.dtype)
     query, key, value = (pad(x, tokens).transpose(1, 2) for x in (query, key, value))
     with sdpa_kernel(_SDPA_KERNELS):
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
-    return unpad(mixed.transpose(1, 2), tokens)
+        attended = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    return unpad(attended.transpose(1, 2), tokens)
 
 
 def live_rows(tokens: PackedTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -163,6 +163,33 @@ def live_rows(tokens: PackedTokens) -> tuple[torch.Tensor, torch.Tensor, torch.T
     image = torch.arange(live.shape[0], device=live.device).repeat_interleave(live, output_size=total)
     number = torch.arange(total, device=live.device)
     return number + image + 1, image, number - (live.cumsum(0) - live)[image]
+
+
+@dataclass
+class LiveTokens:
+    """The live tokens of several images at the tower's feature layer, class tokens left out.
+
+    Attributes:
+        features: [live, C], one image after the other.
+        image: int64 [live], the image of each.
+        index: int64 [live], its number inside the image, 0 .. n - 1.
+        owner: int64 [images, P], the live token that holds each patch.
+        counts: live tokens of each image, on the host.
+
+    """
+
+    features: torch.Tensor
+    image: torch.Tensor
+    index: torch.Tensor
+    owner: torch.Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, tokens: PackedTokens) -> LiveTokens:
+        """Those of packed tokens; the host does not wait for the device."""
+        row, image, index = live_rows(tokens)
+        counts = [length - 1 for length in tokens.layout.lengths]
+        return cls(tokens.hidden[row], image, index, tokens.owner, counts)
 
 
 def merge(tokens: PackedTokens, metric: torch.Tensor, threshold: float | None) -> PackedTokens:

@@ -7,7 +7,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,14 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, extract_layer_in
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_hybrid.attention.backend import HybridAttention, HybridMetadata, implementation
-from vllm_hybrid.attention.interface import rotation_angles
+from vllm_hybrid.attention.backend import HybridAttention, HybridMetadata
+from vllm_hybrid.attention.interface import AttentionPlan, KeyIndex, as_kv_rows, make_cos_sin_cache
+from vllm_hybrid.attention.select import select_attention
 from vllm_hybrid.config import HybridConfig
 from vllm_hybrid.kv.tiers import Tier
 from vllm_hybrid.method.row_plan import RowPlan, StepImages
-from vllm_hybrid.models.row_padding import filled_up
-from vllm_hybrid.models.step import Step, TierPages
+from vllm_hybrid.models.row_padding import pad_to_bucket
+from vllm_hybrid.models.step import Step, TierPages, store_facts_and_plan
 
 
 class HybridLlamaAttention(LlamaAttention):
@@ -84,7 +85,6 @@ class HybridLlamaAttention(LlamaAttention):
             prefix=f"{prefix}.o_proj",
         )
         self._init_rotary_emb(config, quant_config=quant_config)
-        layer = extract_layer_index(prefix)
         lower = lower_layers(config, hybrid)
         self.attn = HybridAttention(
             self.num_heads,
@@ -95,11 +95,39 @@ class HybridLlamaAttention(LlamaAttention):
             quant_config=quant_config,
             attn_type=attn_type,
             prefix=f"{prefix}.attn",
-            tier=Tier.LOWER if layer < lower else Tier.UPPER,
+            tier=Tier.LOWER if extract_layer_index(prefix) < lower else Tier.UPPER,
             lower_layers=lower,
             upper_layers=config.num_hidden_layers - lower,
-            ranks_images=hybrid.prunes and layer == lower - 1,
         )
+
+    def attend(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`LlamaAttention.forward`; also hands out rotated queries [rows, heads * head_size]."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        query, key, value = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        query, key = self.rotary_emb(positions, query, key)
+        output, _ = self.o_proj(self.attn(query, key, value))
+        return output, query
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.attend(positions, hidden_states)[0]
+
+
+class ScoringDecoderLayer(LlamaDecoderLayer):
+    """The layer before FastV's choice, which also hands out the queries it asked with."""
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states, query = self.self_attn.attend(positions, hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual, query
 
 
 def lower_layers(config: LlamaConfig, hybrid: HybridConfig) -> int:
@@ -116,8 +144,8 @@ class _Stack(nn.Module):
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0})
-class LowerStack(_Stack):
-    """The layers before FastV's choice."""
+class WholeStack(_Stack):
+    """All layers, where nothing is pruned."""
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor
@@ -126,6 +154,23 @@ class LowerStack(_Stack):
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
         return hidden_states, residual
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0})
+class LowerStack(_Stack):
+    """The layers before FastV's choice; the last one's queries score the image tokens."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[nn.Module]) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layers=layers[:-1])
+        self.scoring_layer = layers[-1]
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        residual = None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        return self.scoring_layer(positions, hidden_states, residual)
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0, "residual": 0})
@@ -141,16 +186,17 @@ class UpperStack(_Stack):
 
 
 def make_stacks(
-    vllm_config: VllmConfig, prefix: str, layers: nn.ModuleList, split: int
-) -> tuple[Callable, ...]:
+    vllm_config: VllmConfig, prefix: str, layers: Sequence[nn.Module], split: int
+) -> tuple[Callable[..., tuple[torch.Tensor, ...]], ...]:
     """The layers as a lower and an upper stack, or as one where the split is behind the last layer.
 
     Each has a tag of its own, by which vLLM's compile cache tells their graphs apart.
     """
+    if split == len(layers):
+        with set_model_tag("hybrid_whole"):
+            return (WholeStack(vllm_config=vllm_config, prefix=f"{prefix}.whole", layers=layers),)
     with set_model_tag("hybrid_lower"):
         lower = LowerStack(vllm_config=vllm_config, prefix=f"{prefix}.lower", layers=layers[:split])
-    if split == len(layers):
-        return (lower,)
     with set_model_tag("hybrid_upper"):
         return lower, UpperStack(vllm_config=vllm_config, prefix=f"{prefix}.upper", layers=layers[split:])
 
@@ -167,13 +213,15 @@ class HybridLlamaModel(nn.Module):
         config = vllm_config.model_config.hf_config
         self.config = config
         self.hybrid = hybrid
-        self.implementation = implementation()
+        self.attention_ops = select_attention()
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config
         )
         attention = _attention_type(hybrid)
+        split = lower_layers(config, hybrid)
+        scoring = split - 1 if hybrid.prunes else None
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(
+            (ScoringDecoderLayer if i == scoring else LlamaDecoderLayer)(
                 vllm_config=vllm_config,
                 prefix=f"{prefix}.layers.{i}",
                 config=config,
@@ -182,9 +230,8 @@ class HybridLlamaModel(nn.Module):
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        split = lower_layers(config, hybrid)
         # The stacks are kept out of the module tree: their layers are registered above, once.
-        self._stacks = make_stacks(vllm_config, prefix, self.layers, split)
+        self._stacks = make_stacks(vllm_config, prefix, list(self.layers), split)
         self._first_layers = [self.layers[0], *([self.layers[split]] if len(self._stacks) > 1 else [])]
         self._pages = [TierPages(patches) for _ in self._stacks]
         self._most_requests = vllm_config.scheduler_config.max_num_seqs
@@ -193,7 +240,7 @@ class HybridLlamaModel(nn.Module):
         # Called with the images, lower and upper rows of every step that has images; see ``show``.
         self.watcher: Callable[[StepImages, RowPlan, RowPlan], None] | None = None
         self._max_positions = vllm_config.model_config.max_model_len
-        self._angles: torch.Tensor | None = None
+        self._cos_sin_cache: torch.Tensor | None = None
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(input_ids)
@@ -203,13 +250,11 @@ class HybridLlamaModel(nn.Module):
 
         None where the attention raises instead of reporting, and before the first step.
         """
-        if self.implementation.mark_foreign is None:
-            return None
-        return self._foreign
+        return self._foreign if self.attention_ops.flags_foreign_pages else None
 
     def _set_up(self, device: torch.device) -> None:
-        """Make what every step reads or writes: rotation angles, page facts, flags."""
-        self._set_angles(device)
+        """Make what every step reads or writes: the cos-sin cache, page facts, flags."""
+        self._set_cos_sin_cache(device)
         for pages, layer in zip(self._pages, self._first_layers, strict=True):
             pages.bind(layer.self_attn.attn.kv_cache)
         if self._foreign is None:
@@ -217,16 +262,16 @@ class HybridLlamaModel(nn.Module):
                 len(self._pages), self._most_requests, dtype=torch.bool, device=device
             )
 
-    def _set_angles(self, device: torch.device) -> None:
-        """Give every attention layer the table of rotation angles, in float32."""
-        if self._angles is not None:
+    def _set_cos_sin_cache(self, device: torch.device) -> None:
+        """Give every attention layer the cosines and sines of all positions, in float32."""
+        if self._cos_sin_cache is not None:
             return
         head_size = self.layers[0].self_attn.head_dim
         theta = self.config.rope_parameters["rope_theta"]
         exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-        self._angles = rotation_angles(theta**-exponent, self._max_positions)
+        self._cos_sin_cache = make_cos_sin_cache(theta**-exponent, self._max_positions)
         for layer in self.layers:
-            layer.self_attn.attn.impl.angles = self._angles
+            layer.self_attn.attn.impl.cos_sin_cache = self._cos_sin_cache
 
     def _tier_metadata(self) -> list[HybridMetadata] | None:
         """The runner's metadata of each tier, None in profiling runs."""
@@ -263,49 +308,71 @@ class HybridLlamaModel(nn.Module):
         common = metadata[0].common
         step = Step(
             positions=positions[: common.num_actual_tokens].long(),
-            query_start=common.query_start_loc_cpu[: common.num_reqs + 1].tolist(),
+            query_start_loc_cpu=common.query_start_loc_cpu[: common.num_reqs + 1].tolist(),
             images=images,
             prunes=self.hybrid.prunes,
         )
         return self._forward_live_rows(step, metadata, hidden_states)
 
     def _forward_all_rows(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states, residual = self._stacks[0](positions, hidden_states)
+        hidden_states, residual, *_ = self._stacks[0](positions, hidden_states)
         if len(self._stacks) > 1:
             hidden_states, residual = self._stacks[1](positions, hidden_states, residual)
         return self.norm(hidden_states, residual)[0]
+
+    def _plan_tier(self, tier: int, step: Step, row_plan: RowPlan, metadata: list[HybridMetadata]) -> None:
+        """Plan a tier's attention and leave the plan in its metadata, where its layers look for it."""
+        assert self._foreign is not None
+        metadata[tier].plan = store_facts_and_plan(
+            step, row_plan, metadata[tier].common, self._pages[tier], self._foreign[tier], self.attention_ops
+        )
+
+    def _importance(self, query: torch.Tensor, plan: AttentionPlan[KeyIndex] | None) -> torch.Tensor:
+        """What the last queries of layer K - 1 give to the live rows, float32 [R] (FastV, section 3.2).
+
+        Args:
+            query: [rows, heads * head_size] of that layer, rotated; rows behind the plan's only fill up.
+            plan: the lower tier's.
+
+        """
+        assert plan is not None and self._cos_sin_cache is not None
+        attention = self.layers[self.hybrid.fastv_layer - 1].self_attn
+        query = query[: plan.batch.kv_row_index.shape[0]].unflatten(-1, (attention.num_heads, -1))
+        kv_rows, _ = as_kv_rows(attention.attn.kv_cache)
+        return self.attention_ops.importance(query, kv_rows, plan, self._cos_sin_cache, attention.scaling)
 
     def _forward_live_rows(
         self, step: Step, metadata: list[HybridMetadata], hidden_states: torch.Tensor
     ) -> torch.Tensor:
         virtual_rows = hidden_states.shape[0]
-        assert self._foreign is not None
-        plan = live = step.lower_plan()
-        batch = step.tier_batch(plan, metadata[0], self._pages[0], self._foreign[0], self.implementation)
-        rows = filled_up(plan.rows)
+        row_plan = live = step.lower_rows()
+        self._plan_tier(0, step, live, metadata)
+        rows = pad_to_bucket(live.rows)
         in_place = step.images is None and virtual_rows == rows.shape[0]
         if not in_place:
             hidden_states = hidden_states[rows]
-        hidden_states, residual = self._stacks[0](_rope_positions(plan, step, rows), hidden_states)
+        positions = _rope_positions(live, step, rows.shape[0])
+        hidden_states, residual, *queries = self._stacks[0](positions, hidden_states)
         if len(self._stacks) > 1:
-            heads = self.config.num_attention_heads
-            plan = step.upper_plan(live, batch, self.hybrid.fastv_ratio, heads)
-            step.tier_batch(plan, metadata[1], self._pages[1], self._foreign[1], self.implementation)
-            if plan is not live:
-                rows = filled_up(plan.rows)
+            if step.images is not None:
+                importance = self._importance(queries[0], metadata[0].plan)
+                heads = self.config.num_attention_heads
+                row_plan = step.upper_rows(live, importance, self.hybrid.fastv_ratio, heads)
+                rows = pad_to_bucket(row_plan.rows)
                 kept = torch.searchsorted(live.rows, rows)
                 hidden_states, residual = hidden_states[kept], residual[kept]
-            positions = _rope_positions(plan, step, rows)
+                positions = _rope_positions(row_plan, step, rows.shape[0])
+            self._plan_tier(1, step, row_plan, metadata)
             hidden_states, residual = self._stacks[1](positions, hidden_states, residual)
         if self.watcher is not None and step.images is not None:
-            self.watcher(step.images, live, plan)
+            self.watcher(step.images, live, row_plan)
         hidden_states = self.norm(hidden_states, residual)[0]
         if in_place:
             return hidden_states
         # Of the virtual rows only each request's last one is ever sampled from.
         virtual = hidden_states.new_empty(virtual_rows, hidden_states.shape[1])
-        last = batch.query_ptr[1:].long() - 1
-        virtual.index_copy_(0, last, hidden_states[plan.row_of[last]])
+        last = metadata[0].common.query_start_loc[1 : len(step.query_start_loc_cpu)].long() - 1
+        virtual.index_copy_(0, last, hidden_states[row_plan.row_of[last]])
         return virtual
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -315,13 +382,14 @@ class HybridLlamaModel(nn.Module):
         raise NotImplementedError("pipeline parallelism is refused at start")
 
 
-def _rope_positions(plan: RowPlan, step: Step, rows: torch.Tensor) -> torch.Tensor:
-    """Positions to rotate rows by: a text row's own, and 0, which turns nothing, for image rows.
+def _rope_positions(row_plan: RowPlan, step: Step, rows: int) -> torch.Tensor:
+    """Positions to rotate rows to, int64 [rows], at least as many as the plan has.
 
-    ``rows`` are the plan's, perhaps filled up.
+    A text row's is its own; image rows and padding have 0, which rotates nothing.
     """
-    turn = torch.where(plan.image < 0, step.positions[plan.rows], 0)
-    return turn if rows is plan.rows else F.pad(turn, (0, rows.shape[0] - turn.shape[0]))
+    rope_pos = torch.where(row_plan.image < 0, step.positions[row_plan.rows], 0)
+    padding = rows - rope_pos.shape[0]
+    return rope_pos if padding == 0 else F.pad(rope_pos, (0, padding))
 
 
 def _attention_type(hybrid: HybridConfig) -> type[LlamaAttention]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.llava import (
@@ -23,14 +24,11 @@ from vllm.sequence import IntermediateTensors
 from vllm_hybrid.config import HybridConfig
 from vllm_hybrid.frontend.processing_info import CheckingProcessor, HybridProcessingInfo
 from vllm_hybrid.method.row_plan import RowPlan, StepImages
+from vllm_hybrid.models import encoder_output
 from vllm_hybrid.models.clip import encode_merged
 from vllm_hybrid.models.llama import HybridLlamaForCausalLM
-from vllm_hybrid.models.row_padding import by_blocks
+from vllm_hybrid.models.row_padding import map_row_chunks
 from vllm_hybrid.startup.settings import check_options, hybrid_config, num_patches
-
-# bf16 holds integers exactly only up to 256, so a patch's owner travels as two digits of this base.
-_OWNER_BASE = 128
-_OWNER_CHANNELS = 2
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -63,8 +61,8 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.hybrid = hybrid
         self._images: StepImages | None = None
-        # Live tokens of the last step's images, by the address of their embeddings.
-        self._counts: dict[int, int] = {}
+        # Live tokens of encoder outputs, as long as somebody holds them.
+        self._live_counts: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
 
     def _init_reduced(self, vllm_config: VllmConfig, prefix: str, hybrid: HybridConfig) -> None:
         nn.Module.__init__(self)
@@ -117,31 +115,27 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
             # Features computed elsewhere come unmerged, in the model's dtype (`ImageInput.embeddings`).
             features = torch.stack(list(image_input["data"]))
             owner = torch.arange(self.patches, device=features.device).expand(features.shape[0], -1)
-            return self._with_owners(features, owner)
-        merged = encode_merged(
-            self.vision_tower, image_input["pixel_values"], self.hybrid.thresholds or (), self.patches
-        )
-        projected = by_blocks(self.multi_modal_projector, merged.features)
-        features = projected.new_zeros(merged.owner.shape[0], self.patches, projected.shape[1])
-        features[merged.image, merged.rank] = projected
-        return self._with_owners(features, merged.owner)
+            return self._remember(encoder_output.encode(features, owner), [self.patches] * len(features))
+        pixel_values, thresholds = image_input["pixel_values"], self.hybrid.thresholds or ()
+        ops = self.language_model.model.attention_ops
+        live = encode_merged(self.vision_tower, pixel_values, thresholds, ops)
+        projected = map_row_chunks(self.multi_modal_projector, live.features)
+        features = projected.new_zeros(len(live.counts), self.patches, projected.shape[1])
+        features[live.image, live.index] = projected
+        return self._remember(encoder_output.encode(features, live.owner), live.counts)
 
-    def _with_owners(self, features: torch.Tensor, owner: torch.Tensor) -> Sequence[torch.Tensor]:
-        digits = torch.stack([owner // _OWNER_BASE, owner % _OWNER_BASE], dim=-1)
-        return list(torch.cat([features, digits.to(features.dtype)], dim=-1))
+    def _remember(self, outputs: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
+        """The outputs, whose live tokens are known from here on."""
+        self._live_counts.update(zip(outputs, counts, strict=True))
+        return outputs
 
-    def _owners(self, embeddings: torch.Tensor) -> torch.Tensor:
-        high, low = embeddings[..., -_OWNER_CHANNELS:].long().unbind(-1)
-        return high * _OWNER_BASE + low
-
-    def live_counts(self, embeddings: Sequence[torch.Tensor]) -> list[int]:
-        """Live tokens of encoded images; those of the last step are known, others cost a round trip."""
-        unknown = [e for e in embeddings if e.data_ptr() not in self._counts]
+    def live_counts(self, outputs: Sequence[torch.Tensor]) -> list[int]:
+        """Live tokens of encoder outputs; those that were made elsewhere cost a round trip to the device."""
+        unknown = [output for output in outputs if output not in self._live_counts]
         if unknown:
-            owner = self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in unknown]))
-            read = (owner.amax(dim=1) + 1).tolist()
-            self._counts |= {e.data_ptr(): n for e, n in zip(unknown, read, strict=True)}
-        return [self._counts[e.data_ptr()] for e in embeddings]
+            _, owner = encoder_output.decode(unknown)
+            self._live_counts.update(zip(unknown, (owner.amax(dim=1) + 1).tolist(), strict=True))
+        return [self._live_counts[output] for output in outputs]
 
     def foreign_pages(self) -> torch.Tensor | None:
         """Whose pages held another request's data in the last step; see :class:`HybridLlamaModel`."""
@@ -168,31 +162,15 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         """
         if not self.hybrid.active:
             return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
-        self._images, self._counts = None, {}
+        self._images = None
         if multimodal_embeddings is None or len(multimodal_embeddings) == 0:
             return super().embed_input_ids(input_ids, None, is_multimodal=is_multimodal)
         assert is_multimodal is not None
-        sizes = {e.shape[0] for e in multimodal_embeddings}
-        if sizes != {self.patches}:
-            raise RuntimeError(
-                f"a step holds image pieces of {sorted(sizes)} rows, not whole images of {self.patches}; "
-                "the scheduler must not split images"
-            )
-        width = self.config.text_config.hidden_size + _OWNER_CHANNELS
-        widths = {e.shape[1] for e in multimodal_embeddings}
-        if widths != {width}:
-            raise RuntimeError(
-                f"a step holds encoder outputs of width {sorted(widths)}, not {width}: they do not say which "
-                "patches their rows own"
-            )
-        owner = self._owners(torch.stack([e[:, -_OWNER_CHANNELS:] for e in multimodal_embeddings]))
+        encoder_output.check(multimodal_embeddings, self.patches, self.config.text_config.hidden_size)
+        features, owner = encoder_output.decode(multimodal_embeddings)
         # Both runners hand the mask over on the host, so finding the images asks the device nothing.
         first_rows = is_multimodal.nonzero()[:, 0].view(-1, self.patches)[:, 0].tolist()
         self._images = StepImages.of(first_rows, owner)
-        self._counts = {
-            e.data_ptr(): n for e, n in zip(multimodal_embeddings, self._images.counts, strict=True)
-        }
-        features = [e[:, :-_OWNER_CHANNELS] for e in multimodal_embeddings]
         return super().embed_input_ids(input_ids, features, is_multimodal=is_multimodal)
 
     def forward(

@@ -2,7 +2,7 @@
 
 oneDNN compiles a product for every number of rows it has not met, which takes longer than the product: with
 AMX, 1757 rows by 1024 x 5632 in bf16 take 9 ms, and 16 ms more the first time. Live rows come in another
-number with every picture, so they are filled up to one of a few numbers.
+number with every picture, so they are padded to one of a few numbers, a bucket.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 _FEW = 64
 _STEPS_PER_DOUBLING = 8
 # Rows whose intermediate results stay small: a fresh tensor costs a page fault every 4 KiB.
-_BLOCK, _PIECE = 1024, 128
+_CHUNK, _PIECE = 1024, 128
 
 
-def rounded_rows(rows: int) -> int:
+def bucket_size(rows: int) -> int:
     """The least number of rows to compute for ``rows`` of them: less than an eighth more."""
     if rows <= _FEW:
         return rows
@@ -27,14 +27,14 @@ def rounded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def filled_up(picked: torch.Tensor) -> torch.Tensor:
+def pad_to_bucket(picked: torch.Tensor) -> torch.Tensor:
     """An index of rows, int64 [n], with its first row again at the end up to a rounded number, on a CPU."""
-    extra = rounded_rows(picked.shape[0]) - picked.shape[0] if picked.is_cpu else 0
+    extra = bucket_size(picked.shape[0]) - picked.shape[0] if picked.is_cpu else 0
     return picked if extra == 0 else torch.cat([picked, picked[:1].expand(extra)])
 
 
-def by_blocks(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """A function that treats every row alike; on a CPU in blocks of up to 1024 rows, a multiple of 128.
+def map_row_chunks(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """A function that treats every row alike; on a CPU in chunks of up to 1024 rows, a multiple of 128.
 
     Args:
         function: [n, C] to [n, D].
@@ -46,8 +46,8 @@ def by_blocks(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tens
     """
     if not rows.is_cpu:
         return function(rows)
-    whole = rows.shape[0] // _BLOCK * _BLOCK
-    done = [function(block) for block in rows[:whole].split(_BLOCK)] if whole else []
+    whole = rows.shape[0] // _CHUNK * _CHUNK
+    done = [function(chunk) for chunk in rows[:whole].split(_CHUNK)] if whole else []
     if rows.shape[0] > whole or not done:
         rest = rows[whole:]
         done.append(function(F.pad(rest, (0, 0, 0, -rest.shape[0] % _PIECE)))[: rest.shape[0]])

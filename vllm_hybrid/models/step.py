@@ -1,4 +1,4 @@
-"""One step of the language model in terms of live rows: from the runner's metadata to tier batches."""
+"""One step of the language model in terms of live rows: from the runner's metadata to attention plans."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_hybrid.attention.backend import HybridMetadata, Implementation
-from vllm_hybrid.attention.interface import TierBatch, page_rows
+from vllm_hybrid.attention.interface import AttentionPlan, KeyIndex, TierBatch, as_kv_rows
+from vllm_hybrid.attention.select import AnyAttentionOps
 from vllm_hybrid.kv.page_facts import START, new_page_facts, plan_facts
-from vllm_hybrid.method.fastv import choose, live_to_kept
+from vllm_hybrid.method.fastv import live_to_kept, select_tokens
 from vllm_hybrid.method.row_plan import (
     RowPlan,
     StepImages,
@@ -24,20 +25,20 @@ from vllm_hybrid.models.tensor_parallel import sum_over_ranks
 
 @dataclass
 class TierPages:
-    """A tier's page facts and how its slots map to page rows; made when its KV cache is first seen.
+    """A tier's page facts and how its slots map to KV rows; made when its KV cache is first seen.
 
     Attributes:
         patches: patches of an image.
         facts: see :mod:`vllm_hybrid.kv.page_facts`.
         block_size: slots of a block.
-        rows_per_block: page rows between two blocks of one layer.
+        kv_rows_per_block: KV rows between two blocks of one layer.
 
     """
 
     patches: int
     facts: torch.Tensor | None = None
     block_size: int = 0
-    rows_per_block: int = 0
+    kv_rows_per_block: int = 0
     _bound_to: tuple[object, ...] = field(default=(), repr=False)
 
     def bind(self, kv_cache: torch.Tensor) -> None:
@@ -59,9 +60,32 @@ class TierPages:
                 "a CUDA graph is captured on a KV cache that no step has run on; warm up first"
             )
         blocks, _, self.block_size, _ = kv_cache.shape
-        _, self.rows_per_block = page_rows(kv_cache)
+        _, self.kv_rows_per_block = as_kv_rows(kv_cache)
         self.facts = new_page_facts(blocks, self.block_size, self.patches, kv_cache.device)
         self._bound_to = seen
+
+    def write_facts(self, slots: torch.Tensor, facts: torch.Tensor | None) -> None:
+        """Store the facts of a step's live rows.
+
+        Args:
+            slots: int64 [R], vLLM's slot of each row, negative where there is none.
+            facts: int32 [R, words]; None where all rows are text.
+
+        """
+        assert self.facts is not None
+        rows = self.facts.view(-1, self.facts.shape[2])
+        # Block 0 is vLLM's null block: padding and capture rows point there and must say nothing. What they
+        # write goes to the block behind the last.
+        places = torch.where(slots >= self.block_size, slots, rows.shape[0] - 1)
+        if facts is None:
+            rows[:, START].index_fill_(0, places, 0)
+        else:
+            rows.index_copy_(0, places, facts)
+
+    def kv_row_index(self, slots: torch.Tensor) -> torch.Tensor:
+        """KV rows, int64 [R], of slots (int64 [R]); 0 where there is none."""
+        slots = slots.clamp(min=0)
+        return slots // self.block_size * self.kv_rows_per_block + slots % self.block_size
 
 
 def text_rows(num_rows: int, device: torch.device) -> RowPlan:
@@ -76,111 +100,112 @@ class Step:
 
     Attributes:
         positions: int64 [N], virtual position of each virtual row.
-        query_start: virtual rows of request r are query_start[r] .. query_start[r + 1].
+        query_start_loc_cpu: entries r and r + 1 bound the virtual rows of request r.
         images: the images whose patches are in the step, None where there are none.
-        prunes: whether image tokens are ranked and dropped after the lower tier.
+        prunes: whether image tokens are scored and dropped after the lower tier.
 
     """
 
     positions: torch.Tensor
-    query_start: list[int]
+    query_start_loc_cpu: list[int]
     images: StepImages | None
     prunes: bool
 
-    def lower_plan(self) -> RowPlan:
+    def lower_rows(self) -> RowPlan:
         """The live rows."""
         if self.images is None:
-            return text_rows(self.query_start[-1], self.positions.device)
-        return plan_live_rows(self.query_start[-1], self.images)
+            return text_rows(self.query_start_loc_cpu[-1], self.positions.device)
+        return plan_live_rows(self.query_start_loc_cpu[-1], self.images)
 
-    def ranked_requests(self) -> list[int]:
-        """Requests whose last query ranks image tokens: those with an image in the step.
+    def scored_requests(self) -> list[int]:
+        """Requests whose last query scores image tokens: those with an image in the step.
 
         The scheduler ends such a step at the prompt's last position.
         """
         if self.images is None or not self.prunes:
             return []
-        return sorted({bisect_right(self.query_start, row) - 1 for row in self.images.first_rows})
+        return sorted({bisect_right(self.query_start_loc_cpu, row) - 1 for row in self.images.first_rows})
 
-    def upper_plan(self, lower: RowPlan, batch: TierBatch, ratio: float, heads: int) -> RowPlan:
-        """The rows FastV keeps.
+    def upper_rows(self, lower: RowPlan, importance: torch.Tensor, ratio: float, heads: int) -> RowPlan:
+        """The rows FastV keeps, in a step with images.
 
         Args:
             lower: the live rows.
-            batch: the lower tier's batch, its ``mass`` filled by the ranking layer.
+            importance: float32 [R of lower], what the last query gives each row, summed over the heads at
+                hand.
             ratio: share of each image's live tokens to drop, R.
             heads: attention heads over all ranks.
 
-        Returns:
-            The upper tier's rows; those of the lower tier where the step has no image.
-
         """
-        if self.images is None:
-            return lower
-        assert batch.mass is not None, "the ranking layer runs before the choice"
-        importance = sum_over_ranks(batch.mass) / heads
+        images = self.images
+        assert images is not None
+        mean = sum_over_ranks(importance) / heads
         # A prompt may end in an image; the row that answers for its last position has to live on.
-        last = to_device([self.query_start[r + 1] - 1 for r in batch.ranked], importance.device)
-        importance.index_fill_(0, lower.row_of[last], float("inf"))
+        last = [self.query_start_loc_cpu[r + 1] - 1 for r in self.scored_requests()]
+        mean.index_fill_(0, lower.row_of[to_device(last, mean.device)], float("inf"))
         is_image = lower.image >= 0
-        image_rows = true_places(is_image, sum(self.images.counts))
-        chosen = choose(importance[image_rows], self.images.live_counts, ratio)
-        keep = (~is_image).index_copy(0, image_rows, chosen)
-        kept_images = sum(live_to_kept(n, ratio) for n in self.images.counts)
-        return plan_kept_rows(lower, self.images, keep, kept_images)
+        image_rows = true_places(is_image, sum(images.counts))
+        selected = select_tokens(mean[image_rows], images.live_counts, ratio)
+        keep = (~is_image).index_copy(0, image_rows, selected)
+        kept_images = sum(live_to_kept(n, ratio) for n in images.counts)
+        return plan_kept_rows(lower, images, keep, kept_images)
+
+    def slots(self, row_plan: RowPlan, common: CommonAttentionMetadata) -> torch.Tensor:
+        """vLLM's slot, int64 [R], of each row of a tier; negative where there is none."""
+        return common.slot_mapping[: self.query_start_loc_cpu[-1]][row_plan.stored_at].long()
+
+    def facts(self, row_plan: RowPlan) -> torch.Tensor | None:
+        """Page facts of a tier's rows, int32 [R, words]; None where all are text."""
+        return None if self.images is None else plan_facts(row_plan, self.images, self.positions)
 
     def tier_batch(
-        self,
-        plan: RowPlan,
-        metadata: HybridMetadata,
-        pages: TierPages,
-        foreign: torch.Tensor,
-        implementation: Implementation,
+        self, row_plan: RowPlan, common: CommonAttentionMetadata, kv_row_index: torch.Tensor
     ) -> TierBatch:
-        """Store a tier's page facts and read every request's key list back.
-
-        Args:
-            plan: the tier's rows.
-            metadata: the runner's metadata of the tier; receives the batch and its plan.
-            pages: the tier's pages, bound to its cache.
-            foreign: bool [most requests], receives whose pages hold another request's data where the
-                implementation reports that instead of raising.
-            implementation: who attends.
-
-        Returns:
-            The batch, also left in ``metadata``.
-
-        """
-        assert pages.facts is not None
-        common = metadata.common
-        slots = common.slot_mapping[: self.query_start[-1]][plan.stored_at].long()
-        facts = pages.facts.view(-1, pages.facts.shape[2])
-        # Block 0 is vLLM's null block: padding and capture rows point there and must say nothing.
-        nowhere = facts.shape[0] - 1
-        places = torch.where(slots >= pages.block_size, slots, nowhere)
-        if self.images is None:
-            facts[:, START].index_fill_(0, places, 0)
-        else:
-            facts.index_copy_(0, places, plan_facts(plan, self.images, self.positions))
-        slots = slots.clamp(min=0)
-        requests = len(self.query_start) - 1
-        keys = implementation.walk_pages(
-            pages.facts,
-            common.block_table_tensor[:requests],
-            common.seq_lens[:requests],
-            pages.patches,
-            pages.rows_per_block,
-        )
-        if implementation.mark_foreign is not None:
-            implementation.mark_foreign(keys, foreign[:requests])
-        batch = TierBatch(
-            plan=plan,
+        """The batch of a tier, given its rows and where they are stored."""
+        requests = len(self.query_start_loc_cpu) - 1
+        return TierBatch(
+            row_plan=row_plan,
             positions=self.positions,
-            query_start=self.query_start,
-            page_slots=slots // pages.block_size * pages.rows_per_block + slots % pages.block_size,
-            query_ptr=common.query_start_loc[: requests + 1],
-            keys=keys,
-            ranked=self.ranked_requests(),
+            query_start_loc_cpu=self.query_start_loc_cpu,
+            query_start_loc=common.query_start_loc[: requests + 1],
+            kv_row_index=kv_row_index,
+            scored=self.scored_requests(),
         )
-        metadata.batch, metadata.plan = batch, implementation.plan(batch)
-        return batch
+
+
+def store_facts_and_plan(
+    step: Step,
+    row_plan: RowPlan,
+    common: CommonAttentionMetadata,
+    pages: TierPages,
+    foreign: torch.Tensor,
+    ops: AnyAttentionOps,
+) -> AttentionPlan[KeyIndex]:
+    """Store a tier's page facts, read every request's key index back, and plan the attention.
+
+    Args:
+        step: the step.
+        row_plan: the tier's rows.
+        common: the runner's metadata of the tier.
+        pages: the tier's pages, bound to its cache; their facts are written.
+        foreign: bool [most requests]; written with whose pages hold another request's data, where the
+            implementation flags that.
+        ops: who attends.
+
+    Returns:
+        The plan, for every layer of the tier.
+
+    """
+    slots = step.slots(row_plan, common)
+    pages.write_facts(slots, step.facts(row_plan))
+    assert pages.facts is not None
+    requests = len(step.query_start_loc_cpu) - 1
+    key_index = ops.build_key_index(
+        pages.facts,
+        common.block_table_tensor[:requests],
+        common.seq_lens[:requests],
+        pages.patches,
+        pages.kv_rows_per_block,
+    )
+    ops.flag_foreign_pages(key_index, foreign[:requests])
+    return ops.plan(step.tier_batch(row_plan, common, pages.kv_row_index(slots)), key_index)

@@ -106,7 +106,7 @@ def calibrate(
         shifted = [t + shift for t in thresholds]
 
         def counts(pixel_values: torch.Tensor) -> list[int]:
-            return encode(vision_model, pixel_values, shifted, feature_layer).lengths.tolist()
+            return encode(vision_model, pixel_values, shifted, feature_layer).counts
 
         stage = f"measuring {tokens} tokens, shift {shift!r}"
         return statistics.fmean(itertools.chain(*batches.results(stage, counts, kept, shifted)))
@@ -148,7 +148,7 @@ def live_counts(
     """
 
     def counts(pixel_values: torch.Tensor) -> list[int]:
-        return encode(vision_model, pixel_values, thresholds, feature_layer).lengths.tolist()
+        return encode(vision_model, pixel_values, thresholds, feature_layer).counts
 
     pictures = [_Picture(path, str(path)) for path in image_paths]
     parts = [pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size)]

@@ -105,8 +105,8 @@ class NotingReference(ServingReference):
         super().__init__(checkpoint, hybrid)
         self.wanted: list[Choice] = []
 
-    def _prune(self, rows: Any, mass: torch.Tensor) -> tuple[Any, list[Choice]]:
-        pruned, self.wanted = super()._prune(rows, mass)
+    def _prune(self, rows: Any, importance: torch.Tensor) -> tuple[Any, list[Choice]]:
+        pruned, self.wanted = super()._prune(rows, importance)
         return pruned, self.wanted
 
 
@@ -125,9 +125,9 @@ class GivenReference(NotingReference):
             self._encoded[key] = (look.features, look.members)
         self.kept = [look.kept_tokens for look in looks]
 
-    def _prune(self, rows: Any, mass: torch.Tensor) -> tuple[Any, list[Choice]]:
+    def _prune(self, rows: Any, importance: torch.Tensor) -> tuple[Any, list[Choice]]:
         """Keep what the engine kept, and note what should have been."""
-        super()._prune(rows, mass)
+        super()._prune(rows, importance)
         stay, seen = [], [0] * len(self.kept)
         for row, image in enumerate(rows.image_of):
             if image is None or seen[image] in self.kept[image]:

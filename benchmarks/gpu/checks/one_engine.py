@@ -89,7 +89,6 @@ class Checked:
         images = make_images()
         pixels = [reference.pixel_values(images[name]) for name in asked.PICTURES]
         self.pictures = Pictures(torch.stack(pixels))
-        self.pictures.hidden = reference.config.text_config.hidden_size
         llm.apply_model(self.pictures.attach)
         scheduler = self.engine.engine_core.engine_core.scheduler
         self.steps = Steps(scheduler)

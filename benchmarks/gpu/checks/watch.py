@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.checks.compare import Look
+from vllm_hybrid.models import encoder_output
 
 
 class Pictures:
@@ -20,7 +21,6 @@ class Pictures:
 
     def __init__(self, pixels: torch.Tensor) -> None:
         self.pixels = pixels
-        self.hidden = 0
         self._encoded: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._looks: list[tuple[int, Look]] = []
 
@@ -32,19 +32,18 @@ class Pictures:
             # The model takes the pixels out of its arguments.
             pixels = kwargs["pixel_values"]
             embeddings = embed(**kwargs)
-            self._note(model, pixels, embeddings)
+            self._note(pixels, embeddings)
             return embeddings
 
         model.embed_multimodal = embedded
         model.watch_choices(self._chosen)
 
-    def _note(self, model: Any, pixels: Any, embeddings: Sequence[torch.Tensor]) -> None:
+    def _note(self, pixels: Any, embeddings: Sequence[torch.Tensor]) -> None:
         for own, embedding in zip(pixels, embeddings, strict=True):
             distance = (self.pixels - own.float().cpu()).abs().flatten(1).mean(dim=1)
-            owner = model._owners(embedding[None])[0].cpu()
+            (features,), owner = encoder_output.decode([embedding])
             live = int(owner.max()) + 1
-            features = embedding[:live, : self.hidden].float().cpu()
-            self._encoded.append((int(distance.argmin()), owner, features))
+            self._encoded.append((int(distance.argmin()), owner[0].cpu(), features[:live].float().cpu()))
 
     def _chosen(self, images: Any, lower: Any, upper: Any) -> None:
         stands = (upper.row_of[images.patch_rows] >= 0).cpu()

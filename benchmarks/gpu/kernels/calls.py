@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.kernels.scenes import ROWS_PER_BLOCK, Scene
+from benchmarks.gpu.kernels.scenes import KV_ROWS_PER_BLOCK, Scene
 
 Call = Callable[[], Any]
 
@@ -36,50 +36,41 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def results(scene: Scene) -> dict[str, torch.Tensor]:
-    """What the kernels make of a scene: ``attend`` and, where the step ranks, ``mass``."""
-    from vllm_hybrid.attention import gpu
+    """What the kernels make of a scene: ``attend`` and, where the step scores, ``importance``."""
+    from vllm_hybrid.attention.gpu import GpuAttention
 
-    keys = gpu.walk_pages(scene.facts, scene.block_table, scene.seq_lens, scene.patches, ROWS_PER_BLOCK)
-    batch = scene.batch(keys)
-    plan = gpu.plan_attention(batch)
-    out = torch.empty_like(scene.query)
-    rest = (batch, plan, scene.angles, scene.scale)
-    gpu.attend(scene.query, scene.pages, *rest, out)
-    found = {"attend": out}
-    if batch.ranked:
-        found["mass"] = gpu.attention_mass(scene.query, scene.pages, *rest)
-    return found
+    return scene.results(GpuAttention(), torch.empty_like(scene.query))
 
 
 def kernel_calls(scene: Scene) -> dict[str, Call]:
     """A call for each kernel of a scene."""
-    from vllm_hybrid.attention import gpu
+    from vllm_hybrid.attention.gpu import GpuAttention
     from vllm_hybrid.attention.triton_kernels.decode import decode
+    from vllm_hybrid.attention.triton_kernels.importance import importance
+    from vllm_hybrid.attention.triton_kernels.key_index import build_key_index
     from vllm_hybrid.attention.triton_kernels.lists import query_lists
-    from vllm_hybrid.attention.triton_kernels.mass import attention_mass
     from vllm_hybrid.attention.triton_kernels.prefill import prefill
     from vllm_hybrid.attention.triton_kernels.segments import segment_mean
-    from vllm_hybrid.attention.triton_kernels.walk import walk_pages
 
-    facts, table, lens = scene.facts, scene.block_table, scene.seq_lens
-    keys = gpu.walk_pages(facts, table, lens, scene.patches, ROWS_PER_BLOCK)
-    batch = scene.batch(keys)
-    plan = gpu.plan_attention(batch)
-    query, pages, angles, scale = scene.query, scene.pages, scene.angles, scene.scale
+    ops = GpuAttention()
+    pages = (scene.facts, scene.block_table, scene.seq_lens, scene.patches, KV_ROWS_PER_BLOCK)
+    keys = ops.build_key_index(*pages)
+    batch = scene.batch()
+    plan = ops.plan(batch, keys)
+    query, kv_rows, cos_sin_cache, scale = scene.query, scene.kv_rows, scene.cos_sin_cache, scene.scale
     out = torch.empty_like(query)
-    calls: dict[str, Call] = {
-        "walk": lambda: walk_pages(facts, table, lens, scene.patches, ROWS_PER_BLOCK, keys)
-    }
-    if plan.queries is None or plan.ranked is None:
-        calls["decode"] = lambda: decode(query, plan.decode_rows, pages, keys, angles, scale, out)
+    calls: dict[str, Call] = {"key_index": lambda: build_key_index(*pages, keys)}
+    if plan.queries is None or plan.scored is None:
+        calls["decode"] = lambda: decode(query, plan.decode_rows, kv_rows, keys, cos_sin_cache, scale, out)
         return calls
-    queries, ranked, skip = plan.queries, plan.ranked, plan.decode_rows
+    queries, scored, skip = plan.queries, plan.scored, plan.decode_rows
     copies = query.new_empty(queries.row.shape[0], *query.shape[1:])
+    rows = (batch.row_plan.row_of, batch.positions, batch.row_plan.image, batch.query_start_loc)
     return calls | {
-        "queries": lambda: query_lists(scene.plan.row_of, scene.positions, scene.plan.image, batch.query_ptr),
-        "prefill": lambda: prefill(query, pages, keys, queries, skip, angles, scale, copies),
+        "queries": lambda: query_lists(*rows),
+        "prefill": lambda: prefill(query, kv_rows, keys, queries, skip, cos_sin_cache, scale, copies),
         "segments": lambda: segment_mean(copies, queries.by_row, queries.row_start, out),
-        "mass": lambda: attention_mass(query, pages, keys, queries, ranked, angles, scale),
+        "importance": lambda: importance(query, kv_rows, keys, queries, scored, cos_sin_cache, scale),
     }
 
 

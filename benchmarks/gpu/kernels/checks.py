@@ -31,7 +31,7 @@ class Bound:
 # moves them by some 0.01. Ranking multiplies in float32 whatever the pages hold.
 BOUNDS = {
     "attend": {torch.bfloat16: Bound(5e-3, 1e-2), torch.float32: Bound(1e-5, 5e-5)},
-    "mass": {torch.bfloat16: Bound(1e-5, 1e-4), torch.float32: Bound(1e-5, 1e-4)},
+    "importance": {torch.bfloat16: Bound(1e-5, 1e-4), torch.float32: Bound(1e-5, 1e-4)},
 }
 
 
@@ -93,8 +93,8 @@ def check(
     with poisoned_memory() if poisoned else contextlib.nullcontext():
         got, again = results(scene), results(scene)
     return verdict(got, again, wanted, dtype) | {
-        "page_bytes": scene.pages.numel() * scene.pages.element_size(),
-        "page_numbers": scene.pages.numel(),
+        "page_bytes": scene.kv_rows.numel() * scene.kv_rows.element_size(),
+        "page_numbers": scene.kv_rows.numel(),
         "seed": seed,
     }
 

@@ -47,18 +47,18 @@ def floors(
     lists = requests * virtual * 8
     pair = 4 * heads.heads * heads.head_size
     shape = Shape(heads=heads.heads, kv_heads=heads.kv_heads, head_size=heads.head_size)
-    walk = Floor(requests * stored * fact_words(patches) * 4 + lists, 0)
+    key_index = Floor(requests * stored * fact_words(patches) * 4 + lists, 0)
     if decodes:
         read = requests * (stored * row + 2 * query_row) + lists
         asked = requests * asked_by_decode(shape, virtual, patches) + heads.kv_heads * lists
-        return {"walk": walk, "decode": Floor(read, requests * virtual * pair, asked)}
+        return {"key_index": key_index, "decode": Floor(read, requests * virtual * pair, asked)}
     copies = requests * virtual * query_row
     rows = requests * stored
-    # Read: the live row and position of each; written: row, turn, order by row; the starts of each live row.
+    # Read: the live row and position of each; written: row, position, order by row; starts of live rows.
     query_lists = requests * virtual * (8 + 8 + 12) + rows * (8 + 4)
     keys = asked_by_decode(shape, virtual, patches)
     return {
-        "walk": walk,
+        "key_index": key_index,
         "queries": Floor(query_lists, 0),
         "prefill": Floor(
             rows * (row + query_row) + copies + 2 * lists,
@@ -66,10 +66,10 @@ def floors(
             requests * asked_by_prefill(shape, virtual, patches / virtual, HYBRID_QUERY_TILE) + 2 * copies,
         ),
         "segments": Floor(copies + rows * query_row + requests * virtual * 4, 0),
-        "mass": Floor(
+        "importance": Floor(
             rows * row / 2 + lists + rows * 4 + requests * query_row,
             requests * virtual * pair / 2,
-            # Two passes over keys and angles, without values, by every query head.
+            # Two passes over keys and cosines and sines, without values, by every query head.
             requests * 2 * (keys - virtual * row / 2) * heads.heads / heads.kv_heads,
         ),
     }

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from vllm_hybrid.attention import reference
-from vllm_hybrid.attention.interface import TierBatch, rotation_angles
+from vllm_hybrid.attention.interface import AttentionOps, TierBatch, make_cos_sin_cache
+from vllm_hybrid.attention.reference import ReferenceAttention
 from vllm_hybrid.kv.page_facts import fact_words, new_page_facts, plan_facts
 from vllm_hybrid.method import row_plan
 from vllm_hybrid.method.row_plan import RowPlan, StepImages
 
 BLOCK_SIZE = 16
 # Page rows from one block of a layer to its next: other layers' rows of the block lie between.
-ROWS_PER_BLOCK = 2 * BLOCK_SIZE
+KV_ROWS_PER_BLOCK = 2 * BLOCK_SIZE
 TEXT_BEFORE = 5
 
 
@@ -59,58 +59,82 @@ class Scene:
     """A step of requests with one image each: the same facts for the kernels and for the reference.
 
     Attributes:
-        plan: its rows.
+        row_plan: its rows.
         images: its images.
         positions: int64 [N].
-        query_start: a request's stretch of virtual rows, on the host.
-        query_ptr: int32 [requests + 1], the same as the device has it: padding stretches over nothing.
-        ranked: requests whose last query ranks.
+        query_start_loc_cpu: a request's stretch of virtual rows, on the host.
+        query_start_loc: int32 [requests + 1], the same as the device has it: padding stretches over nothing.
+        scored: requests whose last query scores.
         facts: page facts of all requests, this step's rows included.
         block_table: int32 [requests, blocks].
         seq_lens: int32 [requests].
-        page_slots: int64 [R], page row of each row of the step.
-        pages: [rows, kv_heads, 2 * head_size].
+        kv_row_index: int64 [R], KV row of each row of the step.
+        kv_rows: [rows, kv_heads, 2 * head_size].
         query: [R, heads, head_size], text rows rotated, image rows not.
-        angles: float32 [positions, head_size].
+        cos_sin_cache: float32 [positions, head_size].
         padding: requests, and rows, of nothing at the end.
 
     """
 
-    plan: RowPlan
+    row_plan: RowPlan
     images: StepImages | None
     positions: torch.Tensor
-    query_start: list[int]
-    query_ptr: torch.Tensor
-    ranked: list[int]
+    query_start_loc_cpu: list[int]
+    query_start_loc: torch.Tensor
+    scored: list[int]
     facts: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
-    page_slots: torch.Tensor
-    pages: torch.Tensor
+    kv_row_index: torch.Tensor
+    kv_rows: torch.Tensor
     query: torch.Tensor
-    angles: torch.Tensor
+    cos_sin_cache: torch.Tensor
     patches: int
     scale: float
     padding: int = 0
 
-    def batch(self, keys: Any) -> TierBatch:
-        """The step as an implementation takes it, given the key lists that the same one read."""
+    def batch(self) -> TierBatch:
+        """The step as an implementation takes it."""
         return TierBatch(
-            plan=self.plan,
+            row_plan=self.row_plan,
             positions=self.positions,
-            query_start=self.query_start,
-            query_ptr=self.query_ptr,
-            page_slots=self.page_slots,
-            keys=keys,
-            ranked=self.ranked,
+            query_start_loc_cpu=self.query_start_loc_cpu,
+            query_start_loc=self.query_start_loc,
+            kv_row_index=self.kv_row_index,
+            scored=self.scored,
         )
+
+    def results(
+        self, ops: AttentionOps[Any, Any], out: torch.Tensor, padding: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """What an implementation makes of the step: ``attend`` and, where it scores, ``importance``.
+
+        Args:
+            ops: the implementation.
+            out: the shape of the queries; written.
+            padding: requests at the end to leave out.
+
+        """
+        keys = ops.build_key_index(
+            self.facts, self.block_table, self.seq_lens, self.patches, KV_ROWS_PER_BLOCK
+        )
+        batch = self.batch()
+        batch.query_start_loc_cpu = batch.query_start_loc_cpu[: len(batch.query_start_loc_cpu) - padding]
+        plan = ops.plan(batch, keys)
+        ops.attend(self.query, self.kv_rows, plan, self.cos_sin_cache, self.scale, out)
+        found = {"attend": out}
+        if batch.scored:
+            found["importance"] = ops.importance(
+                self.query, self.kv_rows, plan, self.cos_sin_cache, self.scale
+            )
+        return found
 
     def to(self, device: str, dtype: torch.dtype) -> Scene:
         """A copy on a device, its floating-point pages and queries in a dtype."""
         moved = {}
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
-                value = value.to(device, dtype) if name in ("pages", "query") else value.to(device)
+                value = value.to(device, dtype) if name in ("kv_rows", "query") else value.to(device)
             elif isinstance(value, RowPlan):
                 value = RowPlan(**{k: v.to(device) for k, v in vars(value).items()})
             elif isinstance(value, StepImages):
@@ -121,19 +145,19 @@ class Scene:
 
     def moved_behind(self, bytes_before: int) -> Scene:
         """The same scene with its pages behind so many bytes of others', which hold no number."""
-        row_bytes = self.pages[0].numel() * self.pages.element_size()
-        blocks = -(-bytes_before // (row_bytes * ROWS_PER_BLOCK))
-        rows = blocks * ROWS_PER_BLOCK
-        pages = self.pages.new_full((rows + self.pages.shape[0], *self.pages.shape[1:]), float("nan"))
-        pages[rows:] = self.pages
+        row_bytes = self.kv_rows[0].numel() * self.kv_rows.element_size()
+        blocks = -(-bytes_before // (row_bytes * KV_ROWS_PER_BLOCK))
+        rows = blocks * KV_ROWS_PER_BLOCK
+        kv_rows = self.kv_rows.new_full((rows + self.kv_rows.shape[0], *self.kv_rows.shape[1:]), float("nan"))
+        kv_rows[rows:] = self.kv_rows
         facts = self.facts.new_zeros(blocks + self.facts.shape[0], *self.facts.shape[1:])
         facts[blocks:] = self.facts
         return replace(
             self,
-            pages=pages,
+            kv_rows=kv_rows,
             facts=facts,
             block_table=self.block_table + blocks,
-            page_slots=self.page_slots + rows,
+            kv_row_index=self.kv_row_index + rows,
         )
 
 
@@ -183,7 +207,7 @@ def make_scene(
     slots = (1 + request * blocks) * BLOCK_SIZE + positions
     stored = slots[plan.stored_at]
     facts.view(-1, fact_words(patches))[stored] = plan_facts(plan, images, positions)
-    query_start = [r * prompt for r in range(requests + 1)]
+    query_start_loc_cpu = [r * prompt for r in range(requests + 1)]
     step_images: StepImages | None = images
     seq_lens = torch.full((requests,), length, dtype=torch.int32)
     if shape.decodes:
@@ -193,7 +217,7 @@ def make_scene(
         stored = torch.cat([new, new.new_zeros(shape.padding)])
         plan, step_images = _decoded_rows(requests + shape.padding), None
         positions = torch.cat([torch.full_like(rows, prompt), rows.new_zeros(shape.padding)])
-        query_start = list(range(requests + shape.padding + 1))
+        query_start_loc_cpu = list(range(requests + shape.padding + 1))
         table = torch.cat([table, table.new_zeros(shape.padding, blocks)])
         seq_lens = torch.cat([seq_lens, seq_lens.new_zeros(shape.padding)])
     else:
@@ -201,34 +225,36 @@ def make_scene(
     width = (heads.kv_heads, 2 * heads.head_size)
     numbers = torch.randn(written.shape[0], *width, generator=draw)
     exponent = torch.arange(0, heads.head_size, 2) / heads.head_size
-    ranked = list(range(requests)) if step_images is not None and shape.kept is None else []
+    scored = list(range(requests)) if step_images is not None and shape.kept is None else []
     scene = Scene(
-        plan=plan,
+        row_plan=plan,
         images=step_images,
         positions=positions,
-        query_start=query_start,
-        query_ptr=torch.tensor(query_start, dtype=torch.int32).clamp(max=query_start[-1] - shape.padding),
-        ranked=ranked,
+        query_start_loc_cpu=query_start_loc_cpu,
+        query_start_loc=torch.tensor(query_start_loc_cpu, dtype=torch.int32).clamp(
+            max=query_start_loc_cpu[-1] - shape.padding
+        ),
+        scored=scored,
         facts=facts,
         block_table=table,
         seq_lens=seq_lens,
-        page_slots=_page_rows(stored),
-        pages=numbers[:0],
+        kv_row_index=_kv_row_index(stored),
+        kv_rows=numbers[:0],
         query=torch.randn(plan.rows.shape[0], heads.heads, heads.head_size, generator=draw),
-        angles=rotation_angles(10000.0**-exponent, length + 1),
+        cos_sin_cache=make_cos_sin_cache(10000.0**-exponent, length + 1),
         patches=patches,
         scale=heads.head_size**-0.5,
         padding=shape.padding,
     ).to(device, dtype)
     # The pool is mostly empty, and large: it is made where it is used.
-    rows = ROWS_PER_BLOCK * (1 + requests * blocks)
-    scene.pages = torch.full((rows, *width), float("nan"), dtype=dtype, device=device)
-    scene.pages[_page_rows(written).to(device)] = numbers.to(dtype).to(device)
+    rows = KV_ROWS_PER_BLOCK * (1 + requests * blocks)
+    scene.kv_rows = torch.full((rows, *width), float("nan"), dtype=dtype, device=device)
+    scene.kv_rows[_kv_row_index(written).to(device)] = numbers.to(dtype).to(device)
     return scene
 
 
-def _page_rows(slots: torch.Tensor) -> torch.Tensor:
-    return slots // BLOCK_SIZE * ROWS_PER_BLOCK + slots % BLOCK_SIZE
+def _kv_row_index(slots: torch.Tensor) -> torch.Tensor:
+    return slots // BLOCK_SIZE * KV_ROWS_PER_BLOCK + slots % BLOCK_SIZE
 
 
 def _decoded_rows(rows: int) -> RowPlan:
@@ -246,17 +272,8 @@ def _kept_rows(plan: RowPlan, images: StepImages, kept: int, draw: torch.Generat
 
 
 def reference_results(scene: Scene) -> dict[str, torch.Tensor]:
-    """What attention and, where the step ranks, the ranking mass must be; float32 on the CPU.
+    """What attention and, where the step scores, the importance must be; float32 on the CPU.
 
     Rows of padding are 0.
     """
-    keys = reference.walk_pages(scene.facts, scene.block_table, scene.seq_lens, scene.patches, ROWS_PER_BLOCK)
-    batch = scene.batch(keys)
-    real = len(scene.query_start) - 1 - scene.padding
-    batch.query_start = scene.query_start[: real + 1]
-    out = torch.zeros_like(scene.query)
-    reference.attend(scene.query, scene.pages, batch, scene.angles, scene.scale, out)
-    results = {"attend": out}
-    if batch.ranked:
-        results["mass"] = reference.attention_mass(scene.query, scene.pages, batch, scene.angles, scene.scale)
-    return results
+    return scene.results(ReferenceAttention(), torch.zeros_like(scene.query), scene.padding)

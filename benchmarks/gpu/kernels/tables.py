@@ -39,7 +39,7 @@ def times_table(cells: dict[str, Any]) -> str:
         "|---|---|---|--:|--:|--:|",
     ]
     for row in rows:
-        step = " (decode step)" if row["kernel"] == "walk" and row["decodes"] else ""
+        step = " (decode step)" if row["kernel"] == "key_index" and row["decodes"] else ""
         lines.append(
             f"| {row['kernel']}{step} | {row['requests']} | {row['live']} | {row['seconds'] * 1e6:.1f} | "
             f"{row['floor_s'] * 1e6:.2f} | {row['seconds'] / row['floor_s']:.1f} |"

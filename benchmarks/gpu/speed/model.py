@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,82 +12,43 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoImageProcessor,
-    CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
-from benchmarks.checkpoint import picture
+from benchmarks.checkpoint import config, picture
 from benchmarks.gpu.speed import thresholds
-from vllm_hybrid.demo.model import _write_processor
-from vllm_hybrid.demo.tokenizer import IMAGE_ID, write_tokenizer
+from vllm_hybrid.checkpoint.writing import LlavaShape, write_processor
+from vllm_hybrid.demo.tokenizer import CONTEXT, write_tokenizer
 from vllm_hybrid.tools.calibrate import calibrate, live_counts
 
 SEED = 0
 CALIBRATION_PICTURES = 32
 
 
-@dataclass(frozen=True)
-class Size:
-    """What the vision tower and the decoder measure; both sizes have 576 patches."""
-
-    vision_layers: int
-    vision_width: int
-    vision_inside: int
-    vision_heads: int
-    layers: int
-    width: int
-    inside: int
-    heads: int
-    head_size: int
-
-
-SIZES = {
-    "7b": Size(24, 1024, 4096, 16, 32, 4096, 11008, 32, 128),
-    # The 7B model's widths in as few layers as have merging, pruning and two decoder stacks.
-    "7b-short": Size(3, 1024, 4096, 16, 2, 4096, 11008, 32, 128),
-    "tiny": Size(4, 64, 128, 2, 3, 128, 256, 2, 64),
-}
-
-
-def config(size: Size) -> LlavaConfig:
-    """LLaVA-1.5's configuration at a size; the 7B one is llava-1.5-7b-hf's but for the tokenizer's ids."""
-    return LlavaConfig(
-        architectures=["LlavaForConditionalGeneration"],
-        vision_config=CLIPVisionConfig(
-            hidden_size=size.vision_width,
-            intermediate_size=size.vision_inside,
-            num_hidden_layers=size.vision_layers,
-            num_attention_heads=size.vision_heads,
-            image_size=336,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=size.width,
-            intermediate_size=size.inside,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            num_key_value_heads=size.heads,
-            head_dim=size.head_size,
-            vocab_size=32064,
-            max_position_embeddings=4096,
-        ),
-        image_token_index=IMAGE_ID,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=576,
+def _size(layers: int, width: int, inside: int, heads: int, head_size: int, **vision: int) -> LlavaShape:
+    return LlavaShape(
+        width, inside, layers, heads, heads, head_size, vocabulary=32064, context=CONTEXT, **vision
     )
 
 
-def write_folder(folder: Path, size: Size) -> Path:
+_TOWER_7B = {"vision_width": 1024, "vision_inside": 4096, "vision_heads": 16}
+SIZES = {
+    "7b": _size(32, 4096, 11008, 32, 128, vision_layers=24, **_TOWER_7B),
+    # The 7B model's widths in as few layers as have merging, pruning and two decoder stacks.
+    "7b-short": _size(2, 4096, 11008, 32, 128, vision_layers=3, **_TOWER_7B),
+    "tiny": _size(3, 128, 256, 2, 64, vision_layers=4, vision_width=64, vision_inside=128, vision_heads=2),
+}
+
+
+def write_folder(folder: Path, size: LlavaShape) -> Path:
     """Configuration, tokenizer and processor, no weights: for vLLM's ``load_format="dummy"``."""
     if not (folder / "chat_template.jinja").exists():
         folder.mkdir(parents=True, exist_ok=True)
         config(size).save_pretrained(folder)
         write_tokenizer(folder)
-        _write_processor(folder)
+        write_processor(folder)
     return folder
 
 

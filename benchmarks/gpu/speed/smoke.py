@@ -22,8 +22,9 @@ from benchmarks.gpu.running.processes import Measuring, ProcessFailed, lines_of
 from benchmarks.gpu.running.results import Results
 from benchmarks.gpu.speed.bench import caches
 from benchmarks.gpu.speed.cells import GIB, KINDS, UNMERGED
-from benchmarks.gpu.speed.model import SIZES, Size, tower_file, write_folder
+from benchmarks.gpu.speed.model import SIZES, tower_file, write_folder
 from benchmarks.gpu.speed.prepared import prepare_pictures
+from vllm_hybrid.checkpoint.writing import LlavaShape
 
 HERE = Path(__file__).resolve().parent
 EAGER, GRAPHS = "eager", "graphs"
@@ -72,7 +73,7 @@ def starts(kinds: Sequence[str], tiny: bool) -> list[Start]:
     ]
 
 
-def expected_live(size: Size) -> int:
+def expected_live(size: LlavaShape) -> int:
     """Live tokens of an image where every executed vision layer merges all it may."""
     live = UNMERGED
     for _ in range(size.vision_layers - 1):
@@ -80,7 +81,7 @@ def expected_live(size: Size) -> int:
     return live
 
 
-def plan_of(start: Start, size: Size, tiny: bool) -> dict[str, Any]:
+def plan_of(start: Start, size: LlavaShape, tiny: bool) -> dict[str, Any]:
     """What a measuring process is told of its engine."""
     section: dict[str, Any] = {"fastv_layer": FASTV_LAYER, "fastv_ratio": start.ratio}
     section["thresholds"] = [MERGE_ALL] * (size.vision_layers - 1)
@@ -116,7 +117,7 @@ def question() -> dict[str, Any]:
     }
 
 
-def wrong_with(start: Start, size: Size, result: dict[str, Any]) -> str | None:
+def wrong_with(start: Start, size: LlavaShape, result: dict[str, Any]) -> str | None:
     """What is wrong with an engine's answer, None where nothing is."""
     if result["pictures_encoded"] < REQUESTS:
         return f"{result['pictures_encoded']} of {REQUESTS} pictures were encoded"
@@ -131,7 +132,7 @@ def wrong_with(start: Start, size: Size, result: dict[str, Any]) -> str | None:
 
 
 def run_start(
-    start: Start, folder: Path, size: Size, work: Path, deadline: float, tiny: bool
+    start: Start, folder: Path, size: LlavaShape, work: Path, deadline: float, tiny: bool
 ) -> dict[str, Any]:
     """Start one engine and have it answer.
 

@@ -1,6 +1,6 @@
-// Virtual unmerging attention on a CPU: page walk, expansion to virtual positions, decode.
+// Virtual unmerging attention on a CPU: key index, expansion to virtual positions, decode.
 //
-// A "page row" is one slot of a KV page of one layer: for every key/value head the key followed by the
+// A "KV row" is one slot of a KV page of one layer: for every key/value head the key followed by the
 // value, contiguous ([kv_heads, 2 * head_size]). Keys of image tokens are stored unrotated.
 // The Python side (vllm_hybrid/attention/cpu.py) documents shapes and meaning of every argument.
 #include <ATen/Dispatch.h>
@@ -105,14 +105,14 @@ void correlate(const float* q, const float* k, float* z, int64_t half) {
   }
 }
 
-// x <- rotation of x (two halves) by the angles whose cosines and sines stand in `angles`.
-void rotate(float* x, const float* angles, int64_t head_size) {
+// x <- rotation of x (two halves) by the angles whose cosines and sines stand in `cos_sin`.
+void rotate(float* x, const float* cos_sin, int64_t head_size) {
   const int64_t half = head_size / 2;
 #pragma omp simd
   for (int64_t c = 0; c < half; ++c) {
     const float a = x[c], b = x[c + half];
-    x[c] = a * angles[c] - b * angles[c + half];
-    x[c + half] = b * angles[c] + a * angles[c + half];
+    x[c] = a * cos_sin[c] - b * cos_sin[c + half];
+    x[c + half] = b * cos_sin[c] + a * cos_sin[c + half];
   }
 }
 
@@ -126,45 +126,45 @@ void exp_in_place(float* x, int64_t n, float shift) {
 
 // weight[row] <- softmax of the keys' logits, summed over the row's members. Overwrites the logits.
 void row_weights(float* logit, int64_t keys, const int64_t* member_ptr, int64_t rows, float* weight) {
-  float top = -std::numeric_limits<float>::infinity();
-  for (int64_t m = 0; m < keys; ++m) top = std::max(top, logit[m]);
-  exp_in_place(logit, keys, top);
-  float total = 0.f;
+  float m_i = -std::numeric_limits<float>::infinity();
+  for (int64_t m = 0; m < keys; ++m) m_i = std::max(m_i, logit[m]);
+  exp_in_place(logit, keys, m_i);
+  float l_i = 0.f;
   for (int64_t row = 0; row < rows; ++row) {
     float sum = 0.f;
     for (int64_t m = member_ptr[row]; m < member_ptr[row + 1]; ++m) sum += logit[m - member_ptr[0]];
     weight[row] = sum;
-    total += sum;
+    l_i += sum;
   }
-  for (int64_t row = 0; row < rows; ++row) weight[row] /= total;
+  for (int64_t row = 0; row < rows; ++row) weight[row] /= l_i;
 }
 
 }  // namespace
 
 // Virtual key lists of every request, read from its live pages.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> walk_pages(const Tensor& facts, const Tensor& block_table,
-                                                             const Tensor& seq_lens, int64_t patches,
-                                                             int64_t rows_per_block) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_key_index(
+    const Tensor& facts, const Tensor& block_table, const Tensor& seq_lens, int64_t patches,
+    int64_t kv_rows_per_block) {
   TORCH_CHECK(facts.dtype() == at::kInt && facts.is_contiguous(), "page facts must be contiguous int32");
   TORCH_CHECK(block_table.dtype() == at::kInt && block_table.stride(1) == 1, "block table must be int32 rows");
   const int64_t block_size = facts.size(1), words = facts.size(2), requests = seq_lens.size(0);
   const int32_t* fact = facts.data_ptr<int32_t>();
   const Tensor lens_tensor = seq_lens.to(at::kLong);
   const int64_t* lens = lens_tensor.data_ptr<int64_t>();
-  std::vector<int64_t> row_ptr{0}, row_page, member_ptr{0}, member_pos;
-  std::vector<uint8_t> row_image;
+  std::vector<int64_t> row_ptr{0}, kv_row_index, member_ptr{0}, member_pos;
+  std::vector<uint8_t> is_image;
   for (int64_t r = 0; r < requests; ++r) {
     const int32_t* table = block_table.data_ptr<int32_t>() + r * block_table.stride(0);
-    const auto page_of = [&](int64_t slot) {
+    const auto block_and_offset = [&](int64_t slot) {
       return std::pair<int64_t, int64_t>(table[slot / block_size], slot % block_size);
     };
     int64_t position = 0;
     while (position < lens[r]) {
-      const auto [block, offset] = page_of(position);
+      const auto [block, offset] = block_and_offset(position);
       const int32_t* head = fact + (block * block_size + offset) * words;
       if (head[kStart] == 0) {
-        row_page.push_back(block * rows_per_block + offset);
-        row_image.push_back(0);
+        kv_row_index.push_back(block * kv_rows_per_block + offset);
+        is_image.push_back(0);
         member_pos.push_back(position);
         member_ptr.push_back(static_cast<int64_t>(member_pos.size()));
         ++position;
@@ -175,10 +175,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> walk_pages(const Tensor& fact
       TORCH_CHECK(fits && head[kStart] - 1 == position, "page facts of slot ", position, " name image start ",
                   head[kStart] - 1, " and ", count, " live rows: the page holds another request's data");
       for (int64_t j = 0; j < count; ++j) {
-        const auto [b, o] = page_of(position + j);
+        const auto [b, o] = block_and_offset(position + j);
         const int32_t* mine = fact + (b * block_size + o) * words;
-        row_page.push_back(b * rows_per_block + o);
-        row_image.push_back(1);
+        kv_row_index.push_back(b * kv_rows_per_block + o);
+        is_image.push_back(1);
         for (int64_t w = 0; w < words - kMask; ++w) {
           for (uint32_t bits = static_cast<uint32_t>(mine[kMask + w]); bits; bits &= bits - 1) {
             member_pos.push_back(position + 32 * w + __builtin_ctz(bits));
@@ -188,32 +188,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> walk_pages(const Tensor& fact
       }
       position += patches;
     }
-    row_ptr.push_back(static_cast<int64_t>(row_page.size()));
+    row_ptr.push_back(static_cast<int64_t>(kv_row_index.size()));
   }
   const auto longs = [](const std::vector<int64_t>& v) {
     Tensor t = at::empty({static_cast<int64_t>(v.size())}, at::kLong);
     std::memcpy(t.data_ptr(), v.data(), v.size() * sizeof(int64_t));
     return t;
   };
-  Tensor image = at::empty({static_cast<int64_t>(row_image.size())}, at::kBool);
-  std::memcpy(image.data_ptr(), row_image.data(), row_image.size());
-  return {longs(row_ptr), longs(row_page), image, longs(member_ptr), longs(member_pos)};
+  Tensor image = at::empty({static_cast<int64_t>(is_image.size())}, at::kBool);
+  std::memcpy(image.data_ptr(), is_image.data(), is_image.size());
+  return {longs(row_ptr), longs(kv_row_index), image, longs(member_ptr), longs(member_pos)};
 }
 
-// pages[slots[i], h] = key[i, h] followed by value[i, h].
-void write_rows(const Tensor& key, const Tensor& value, const Tensor& pages, const Tensor& slots) {
-  const int64_t n = slots.size(0), heads = pages.size(1), head_size = key.size(2);
-  TORCH_CHECK(key.stride(2) == 1 && value.stride(2) == 1 && pages.stride(2) == 1 &&
-                  key.scalar_type() == pages.scalar_type() && value.scalar_type() == pages.scalar_type(),
+// kv_rows[kv_row_index[i], h] = key[i, h] followed by value[i, h].
+void write_rows(const Tensor& key, const Tensor& value, const Tensor& kv_rows, const Tensor& kv_row_index) {
+  const int64_t n = kv_row_index.size(0), heads = kv_rows.size(1), head_size = key.size(2);
+  TORCH_CHECK(key.stride(2) == 1 && value.stride(2) == 1 && kv_rows.stride(2) == 1 &&
+                  key.scalar_type() == kv_rows.scalar_type() && value.scalar_type() == kv_rows.scalar_type(),
               "write needs unit stride along the head and one dtype");
-  const int64_t* slot = slots.data_ptr<int64_t>();
+  const int64_t* kv_row = kv_row_index.data_ptr<int64_t>();
   const size_t item = key.element_size(), width = head_size * item;
   const char *k = static_cast<const char*>(key.data_ptr()), *v = static_cast<const char*>(value.data_ptr());
-  char* to = static_cast<char*>(pages.data_ptr());
+  char* to = static_cast<char*>(kv_rows.data_ptr());
   at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t h = 0; h < heads; ++h) {
-        char* cell = to + (slot[i] * pages.stride(0) + h * pages.stride(1)) * item;
+        char* cell = to + (kv_row[i] * kv_rows.stride(0) + h * kv_rows.stride(1)) * item;
         std::memcpy(cell, k + (i * key.stride(0) + h * key.stride(1)) * item, width);
         std::memcpy(cell + width, v + (i * value.stride(0) + h * value.stride(1)) * item, width);
       }
@@ -223,12 +223,12 @@ void write_rows(const Tensor& key, const Tensor& value, const Tensor& pages, con
 
 // out[i, h, :] = source[rows[i], h, offset : offset + head_size], rotated to positions[i] where image[i].
 void expand(const Tensor& source, const Tensor& rows, const Tensor& positions, const Tensor& image,
-            const Tensor& angles, int64_t offset, bool rotated, const Tensor& out) {
+            const Tensor& cos_sin_cache, int64_t offset, bool rotated, const Tensor& out) {
   const int64_t n = out.size(0), heads = out.size(1), head_size = out.size(2);
   TORCH_CHECK(source.stride(2) == 1 && out.is_contiguous(), "expand needs unit stride along the head");
   const int64_t *row = rows.data_ptr<int64_t>(), *position = positions.data_ptr<int64_t>();
-  const bool* turn = image.data_ptr<bool>();
-  const float* table = angles.data_ptr<float>();
+  const bool* rotates = image.data_ptr<bool>();
+  const float* table = cos_sin_cache.data_ptr<float>();
   const int64_t row_stride = source.stride(0), head_stride = source.stride(1);
   DISPATCH(source.scalar_type(), "expand", [&] {
       const scalar_t* from = source.data_ptr<scalar_t>() + offset;
@@ -239,7 +239,7 @@ void expand(const Tensor& source, const Tensor& rows, const Tensor& positions, c
           for (int64_t h = 0; h < heads; ++h) {
             const scalar_t* src = from + row[i] * row_stride + h * head_stride;
             scalar_t* dst = to + (i * heads + h) * head_size;
-            if (!rotated || !turn[i]) {
+            if (!rotated || !rotates[i]) {
               std::memcpy(dst, src, head_size * sizeof(scalar_t));
               continue;
             }
@@ -273,8 +273,8 @@ void segment_mean(const Tensor& copies, const Tensor& order, const Tensor& segme
   });
 }
 
-struct Desk {
-  std::vector<float> query, logit, weight, mixed;
+struct Scratch {
+  std::vector<float> query, logit, weight, acc;
 };
 
 // One decode query over some heads: the scores of every virtual key, their softmax, the weighted values. D is
@@ -282,39 +282,39 @@ struct Desk {
 template <typename scalar_t, int64_t D>
 struct Decode {
   const DecodeTask<scalar_t>& task;
-  Desk& desk;
+  Scratch& scratch;
   const int64_t d = D ? D : task.head_size, first = task.member_ptr[0],
                 keys = task.member_ptr[task.rows] - first;
 
   void run() const {
-    desk.query.resize(task.heads * d);
-    desk.logit.resize(task.heads * keys);
-    desk.weight.resize(task.heads * task.rows);
-    desk.mixed.assign(task.heads * d, 0.f);
+    scratch.query.resize(task.heads * d);
+    scratch.logit.resize(task.heads * keys);
+    scratch.weight.resize(task.heads * task.rows);
+    scratch.acc.assign(task.heads * d, 0.f);
     for (int64_t g = 0; g < task.heads; ++g) {
-      float* to = desk.query.data() + g * d;
+      float* to = scratch.query.data() + g * d;
       each(task.query + g * task.query_stride, d,
            [&](int64_t i, const Vec& v) { (v * Vec(task.scale)).store(to + i); });
     }
     for (int64_t row = 0; row < task.rows; ++row) score(row);
     for (int64_t g = 0; g < task.heads; ++g) {
-      row_weights(desk.logit.data() + g * keys, keys, task.member_ptr, task.rows,
-                  desk.weight.data() + g * task.rows);
+      row_weights(scratch.logit.data() + g * keys, keys, task.member_ptr, task.rows,
+                  scratch.weight.data() + g * task.rows);
     }
     for (int64_t row = 0; row < task.rows; ++row) {
       for (int64_t g = 0; g < task.heads; ++g) {
-        const float w = desk.weight[g * task.rows + row];
-        add(key(row, g) + d, desk.mixed.data() + g * d, d, w);
-        if (task.mass) task.mass[row] += w;
+        const float w = scratch.weight[g * task.rows + row];
+        add(key(row, g) + d, scratch.acc.data() + g * d, d, w);
+        if (task.importance) task.importance[row] += w;
       }
     }
     for (int64_t g = 0; g < task.heads; ++g) {
-      store(desk.mixed.data() + g * d, task.out + g * task.out_stride, d);
+      store(scratch.acc.data() + g * d, task.out + g * task.out_stride, d);
     }
   }
 
   const scalar_t* key(int64_t row, int64_t head) const {
-    return task.pages + task.page[row] * task.page_stride + head / task.group * task.head_stride;
+    return task.kv_rows + task.kv_row_index[row] * task.kv_row_stride + head / task.group * task.head_stride;
   }
 
   void score(int64_t row) const {
@@ -322,39 +322,40 @@ struct Decode {
     const int64_t begin = task.member_ptr[row], end = task.member_ptr[row + 1];
     for (int64_t g = 0; g < task.heads; ++g) {
       if (g % task.group == 0) load(key(row, g), k, d);
-      const float* q = desk.query.data() + g * d;
-      float* to = desk.logit.data() + g * keys - first;
+      const float* q = scratch.query.data() + g * d;
+      float* to = scratch.logit.data() + g * keys - first;
       if (!task.is_image[row]) {
         to[begin] = dot<D>(q, k, d);
         continue;
       }
       correlate(q, k, z, d / 2);
-      for (int64_t m = begin; m < end; ++m) to[m] = dot<D>(z, task.angles + task.member_pos[m] * d, d);
+      for (int64_t m = begin; m < end; ++m) to[m] = dot<D>(z, task.cos_sin_cache + task.member_pos[m] * d, d);
     }
   }
 };
 
-// Attention of single, already rotated queries over the virtual keys of their requests. `mass`, where it
+// Attention of single, already rotated queries over the virtual keys of their requests. `importance`, where it
 // is not empty, receives each row's share of the attention, summed over the query heads given here.
-void decode(const Tensor& query, const Tensor& query_rows, const Tensor& requests, const Tensor& pages,
-            const Tensor& row_ptr, const Tensor& row_page, const Tensor& row_image, const Tensor& member_ptr,
-            const Tensor& member_pos, const Tensor& angles, double scale, const Tensor& out, const Tensor& mass) {
+void decode(const Tensor& query, const Tensor& query_rows, const Tensor& requests, const Tensor& kv_rows,
+            const Tensor& row_ptr, const Tensor& kv_row_index, const Tensor& is_image, const Tensor& member_ptr,
+            const Tensor& member_pos, const Tensor& cos_sin_cache, double scale, const Tensor& out,
+            const Tensor& importance) {
   const int64_t head_size = query.size(2);
   TORCH_CHECK(head_size % 32 == 0 && head_size <= 512, "the head size is ", head_size,
               ", but CPU attention needs a multiple of 32 up to 512");
   DISPATCH(query.scalar_type(), "decode", [&] {
-    const auto run = [&](const DecodeTask<scalar_t>& task, Desk& desk) {
-      if (head_size == 64) Decode<scalar_t, 64>{task, desk}.run();
-      else if (head_size == 128) Decode<scalar_t, 128>{task, desk}.run();
-      else Decode<scalar_t, 0>{task, desk}.run();
+    const auto run = [&](const DecodeTask<scalar_t>& task, Scratch& scratch) {
+      if (head_size == 64) Decode<scalar_t, 64>{task, scratch}.run();
+      else if (head_size == 128) Decode<scalar_t, 128>{task, scratch}.run();
+      else Decode<scalar_t, 0>{task, scratch}.run();
     };
-    run_decodes<scalar_t, Desk>(query, query_rows, requests, pages, row_ptr, row_page, row_image, member_ptr,
-                                member_pos, angles, scale, out, mass, run);
+    run_decodes<scalar_t, Scratch>(query, query_rows, requests, kv_rows, row_ptr, kv_row_index, is_image, member_ptr,
+                                member_pos, cos_sin_cache, scale, out, importance, run);
   });
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("walk_pages", &walk_pages);
+  m.def("build_key_index", &build_key_index);
   m.def("write_rows", &write_rows);
   m.def("expand", &expand);
   m.def("segment_mean", &segment_mean);

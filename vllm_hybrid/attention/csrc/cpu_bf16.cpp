@@ -29,12 +29,12 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 
-// x <- rotation of x (two halves) by the angles whose cosines and sines stand in `angles`.
+// x <- rotation of x (two halves) by the angles whose cosines and sines stand in `cos_sin`.
 template <int64_t D>
-inline void rotate_row(float* x, const float* angles) {
+inline void rotate_row(float* x, const float* cos_sin) {
   for (int64_t c = 0; c < D / 2; c += kLanes) {
     const __m512 a = _mm512_loadu_ps(x + c), b = _mm512_loadu_ps(x + c + D / 2);
-    const __m512 cos = _mm512_loadu_ps(angles + c), sin = _mm512_loadu_ps(angles + c + D / 2);
+    const __m512 cos = _mm512_loadu_ps(cos_sin + c), sin = _mm512_loadu_ps(cos_sin + c + D / 2);
     _mm512_storeu_ps(x + c, _mm512_fmsub_ps(a, cos, _mm512_mul_ps(b, sin)));
     _mm512_storeu_ps(x + c + D / 2, _mm512_fmadd_ps(b, cos, _mm512_mul_ps(a, sin)));
   }
@@ -115,13 +115,13 @@ struct Packed {
 
 // The greatest of each lane of `n` floats, a multiple of 64.
 inline __m512 greatest(const float* x, int64_t n) {
-  __m512 top[4];
-  for (int64_t v = 0; v < 4; ++v) top[v] = _mm512_loadu_ps(x + v * kLanes);
+  __m512 most[4];
+  for (int64_t v = 0; v < 4; ++v) most[v] = _mm512_loadu_ps(x + v * kLanes);
   for (int64_t j = 4 * kLanes; j < n; j += 4 * kLanes) {
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < 4; ++v) top[v] = _mm512_max_ps(top[v], _mm512_loadu_ps(x + j + v * kLanes));
+    for (int64_t v = 0; v < 4; ++v) most[v] = _mm512_max_ps(most[v], _mm512_loadu_ps(x + j + v * kLanes));
   }
-  return _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
+  return _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
 }
 
 inline void scale_row(float* x, int64_t n, float factor) {
@@ -137,7 +137,7 @@ constexpr float kHeadroom = 40.f;
 
 // Memory of one thread, kept from task to task.
 template <int64_t D>
-struct Desk {
+struct Scratch {
   Packed<D> packed;
   std::vector<float> total, bias;
   std::vector<int64_t> copies;
@@ -147,7 +147,7 @@ struct Desk {
   alignas(64) float score[kQueries * kSpan];
   alignas(64) uint32_t weight[kQueries * kSpan / 2];
   alignas(64) float sum[kQueries * kLanes];
-  alignas(64) float mixed[kQueries * D];
+  alignas(64) float acc[kQueries * D];
   float shift[kQueries], over_sum[kQueries];
 
   // Packs a task's keys and values: fetch(j, to) writes key j as pairs of channels, value(j) is where value j
@@ -167,7 +167,7 @@ struct Desk {
   }
 
   // A block of queries, packed in `query`, over the first keys; query i sees `seen + i * step` of them, at
-  // most all. The result is left in `mixed`, to be multiplied by `over_sum`. A key weighs
+  // most all. The result is left in `acc`, to be multiplied by `over_sum`. A key weighs
   // 2^(octaves * score + bias); there is a bias, one for each key, where kWeighed.
   template <bool kWeighed>
   void attend(int64_t seen, int64_t step, float octaves, const float* bias) {
@@ -181,7 +181,7 @@ struct Desk {
         const int64_t mine = std::min(seen + i * step, packed.keys) - begin;
         weigh<kWeighed>(i, n, mine, begin == 0, octaves, bias + (kWeighed ? begin : 0));
       }
-      mix<D>(weight, kSpan / 2, packed.value.data() + begin / 2 * D, n / 2, begin > 0, mixed);
+      mix<D>(weight, kSpan / 2, packed.value.data() + begin / 2 * D, n / 2, begin > 0, acc);
     }
     for (int64_t i = 0; i < kQueries; ++i) {
       over_sum[i] = 1.f / _mm512_reduce_add_ps(_mm512_load_ps(sum + i * kLanes));
@@ -212,28 +212,28 @@ struct Desk {
   }
 
   // What to add to a query's scores, in octaves, so that its weights are neither too great nor all too small.
-  void set_shift(int64_t i, __m512 top, bool first) {
+  void set_shift(int64_t i, __m512 m_i, bool first) {
     if (first) {
-      shift[i] = -_mm512_reduce_max_ps(top);
+      shift[i] = -_mm512_reduce_max_ps(m_i);
       _mm512_store_ps(sum + i * kLanes, _mm512_setzero_ps());
-    } else if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(kHeadroom - shift[i]), _CMP_GT_OQ)) {
+    } else if (_mm512_cmp_ps_mask(m_i, _mm512_set1_ps(kHeadroom - shift[i]), _CMP_GT_OQ)) {
       const float before = shift[i];
-      shift[i] = -_mm512_reduce_max_ps(top);
+      shift[i] = -_mm512_reduce_max_ps(m_i);
       const float factor = std::exp2(shift[i] - before);
       scale_row(sum + i * kLanes, kLanes, factor);
-      scale_row(mixed + i * D, D, factor);
+      scale_row(acc + i * D, D, factor);
     }
   }
 };
 
 // Every task done once. A thread takes the next one as soon as it is free, as sequences differ in length.
 template <int64_t D, class Work>
-void share_out(int64_t tasks, const Work& work) {
+void run_tasks(int64_t tasks, const Work& work) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     const Tiles tiles;
-    Desk<D> desk;
-    for (int64_t task; (task = next++) < tasks;) work(desk, task);
+    Scratch<D> scratch;
+    for (int64_t task; (task = next++) < tasks;) work(scratch, task);
   });
 }
 
@@ -255,63 +255,63 @@ void store_row(const float* from, BFloat16* to, int64_t n, float factor) {
 // The prefill of one request and one key/value head.
 template <int64_t D>
 struct Prefill {
-  const BFloat16 *query, *pages;
+  const BFloat16 *query, *kv_rows;
   BFloat16* out;
-  int64_t query_stride, head_stride, page_stride, out_stride, out_head_stride;
+  int64_t query_stride, head_stride, kv_row_stride, out_stride, out_head_stride;
   int64_t group;
   const int64_t *row, *position;
   const bool* image;
   int64_t queries;
-  const int64_t *key_page, *key_position;
+  const int64_t *kv_row_index, *key_position;
   const bool* key_image;
   int64_t keys;
-  const float* angles;
+  const float* cos_sin_cache;
   float scale;
 
-  void run(Desk<D>& desk) const {
-    gather_keys(desk);
+  void run(Scratch<D>& scratch) const {
+    gather_keys(scratch);
     const auto [low, high] = std::minmax_element(row, row + queries);
     const int64_t first = *low, rows = *high - *low + 1;
     for (int64_t g = 0; g < group; ++g) {
-      desk.total.assign(rows * D, 0.f);
-      desk.copies.assign(rows, 0);
+      scratch.total.assign(rows * D, 0.f);
+      scratch.copies.assign(rows, 0);
       for (int64_t begin = 0; begin < queries; begin += kQueries) {
         const int64_t n = std::min(kQueries, queries - begin);
-        std::fill(desk.query, desk.query + kQueries * D / 2, 0u);
-        for (int64_t i = 0; i < n; ++i) gather_query(desk, begin + i, g, desk.query + i * (D / 2));
+        std::fill(scratch.query, scratch.query + kQueries * D / 2, 0u);
+        for (int64_t i = 0; i < n; ++i) gather_query(scratch, begin + i, g, scratch.query + i * (D / 2));
         // A request's queries stand at its last positions.
-        desk.template attend<false>(keys - queries + begin + 1, 1, scale * kOctaves, nullptr);
+        scratch.template attend<false>(keys - queries + begin + 1, 1, scale * kOctaves, nullptr);
         for (int64_t i = 0; i < n; ++i) {
           const int64_t mine = row[begin + i] - first;
-          add_row(desk.mixed + i * D, desk.total.data() + mine * D, D, desk.over_sum[i]);
-          ++desk.copies[mine];
+          add_row(scratch.acc + i * D, scratch.total.data() + mine * D, D, scratch.over_sum[i]);
+          ++scratch.copies[mine];
         }
       }
       for (int64_t r = 0; r < rows; ++r) {
-        if (desk.copies[r] == 0) continue;
+        if (scratch.copies[r] == 0) continue;
         BFloat16* to = out + (first + r) * out_stride + g * out_head_stride;
-        store_row(desk.total.data() + r * D, to, D, 1.f / static_cast<float>(desk.copies[r]));
+        store_row(scratch.total.data() + r * D, to, D, 1.f / static_cast<float>(scratch.copies[r]));
       }
     }
   }
 
-  void gather_keys(Desk<D>& desk) const {
-    const auto page = [&](int64_t j) { return pages + key_page[j] * page_stride; };
+  void gather_keys(Scratch<D>& scratch) const {
+    const auto kv_row = [&](int64_t j) { return kv_rows + kv_row_index[j] * kv_row_stride; };
     const auto fetch = [&](int64_t j, uint32_t* to) {
-      turned(desk, page(j), key_image[j], key_position[j], to);
+      rotated_row(scratch, kv_row(j), key_image[j], key_position[j], to);
     };
-    desk.gather(keys, fetch, [&](int64_t j) { return page(j) + D; });
+    scratch.gather(keys, fetch, [&](int64_t j) { return kv_row(j) + D; });
   }
 
-  void gather_query(Desk<D>& desk, int64_t i, int64_t g, uint32_t* to) const {
-    turned(desk, query + row[i] * query_stride + g * head_stride, image[i], position[i], to);
+  void gather_query(Scratch<D>& scratch, int64_t i, int64_t g, uint32_t* to) const {
+    rotated_row(scratch, query + row[i] * query_stride + g * head_stride, image[i], position[i], to);
   }
 
-  void turned(Desk<D>& desk, const BFloat16* from, bool turns, int64_t at, uint32_t* to) const {
-    if (turns) {
-      load_row(from, desk.row, D);
-      rotate_row<D>(desk.row, angles + at * D);
-      pack_row<D>(desk.row, to);
+  void rotated_row(Scratch<D>& scratch, const BFloat16* from, bool rotates, int64_t at, uint32_t* to) const {
+    if (rotates) {
+      load_row(from, scratch.row, D);
+      rotate_row<D>(scratch.row, cos_sin_cache + at * D);
+      pack_row<D>(scratch.row, to);
     } else {
       copy_row<D>(from, to);
     }
@@ -319,21 +319,21 @@ struct Prefill {
 };
 
 template <int64_t D>
-void prefill(const Tensor& query, const Tensor& pages, const Tensor& rows, const Tensor& positions,
-             const Tensor& image, const Tensor& query_ptr, const Tensor& key_page, const Tensor& key_positions,
-             const Tensor& key_image, const Tensor& key_ptr, const Tensor& angles, double scale,
+void prefill(const Tensor& query, const Tensor& kv_rows, const Tensor& rows, const Tensor& positions,
+             const Tensor& image, const Tensor& query_start_loc, const Tensor& kv_row_index, const Tensor& key_positions,
+             const Tensor& key_image, const Tensor& key_start_loc, const Tensor& cos_sin_cache, double scale,
              const Tensor& out) {
-  const int64_t requests = query_ptr.size(0) - 1, kv_heads = pages.size(1);
+  const int64_t requests = query_start_loc.size(0) - 1, kv_heads = kv_rows.size(1);
   const int64_t group = query.size(1) / kv_heads;
-  const int64_t *q_ptr = query_ptr.data_ptr<int64_t>(), *k_ptr = key_ptr.data_ptr<int64_t>();
-  share_out<D>(requests * kv_heads, [&](Desk<D>& desk, int64_t task) {
+  const int64_t *q_ptr = query_start_loc.data_ptr<int64_t>(), *k_ptr = key_start_loc.data_ptr<int64_t>();
+  run_tasks<D>(requests * kv_heads, [&](Scratch<D>& scratch, int64_t task) {
     const int64_t r = task / kv_heads, h = task % kv_heads;
     const Prefill<D> work{query.data_ptr<BFloat16>() + h * group * query.stride(1),
-                          pages.data_ptr<BFloat16>() + h * pages.stride(1),
+                          kv_rows.data_ptr<BFloat16>() + h * kv_rows.stride(1),
                           out.data_ptr<BFloat16>() + h * group * out.stride(1),
                           query.stride(0),
                           query.stride(1),
-                          pages.stride(0),
+                          kv_rows.stride(0),
                           out.stride(0),
                           out.stride(1),
                           group,
@@ -341,13 +341,13 @@ void prefill(const Tensor& query, const Tensor& pages, const Tensor& rows, const
                           positions.data_ptr<int64_t>() + q_ptr[r],
                           image.data_ptr<bool>() + q_ptr[r],
                           q_ptr[r + 1] - q_ptr[r],
-                          key_page.data_ptr<int64_t>() + k_ptr[r],
+                          kv_row_index.data_ptr<int64_t>() + k_ptr[r],
                           key_positions.data_ptr<int64_t>() + k_ptr[r],
                           key_image.data_ptr<bool>() + k_ptr[r],
                           k_ptr[r + 1] - k_ptr[r],
-                          angles.data_ptr<float>(),
+                          cos_sin_cache.data_ptr<float>(),
                           static_cast<float>(scale)};
-    if (work.queries > 0) work.run(desk);
+    if (work.queries > 0) work.run(scratch);
   });
 }
 
@@ -360,23 +360,23 @@ void weighed(const Tensor& query, const Tensor& key, const Tensor& value, const 
   const auto row = [](const Tensor& x, int64_t t, int64_t h) {
     return x.data_ptr<BFloat16>() + t * x.stride(0) + h * x.stride(1);
   };
-  share_out<D>(sequences * heads, [&](Desk<D>& desk, int64_t task) {
+  run_tasks<D>(sequences * heads, [&](Scratch<D>& scratch, int64_t task) {
     const int64_t s = task / heads, h = task % heads, first = start[s], tokens = start[s + 1] - first;
     if (tokens == 0) return;
-    desk.gather(
+    scratch.gather(
         tokens, [&](int64_t j, uint32_t* to) { copy_row<D>(row(key, first + j, h), to); },
         [&](int64_t j) { return row(value, first + j, h); });
-    desk.bias.assign(desk.packed.padded, 0.f);
-    for (int64_t j = 0; j < tokens; ++j) desk.bias[j] = bias.data_ptr<float>()[first + j] * kOctaves;
+    scratch.bias.assign(scratch.packed.padded, 0.f);
+    for (int64_t j = 0; j < tokens; ++j) scratch.bias[j] = bias.data_ptr<float>()[first + j] * kOctaves;
     for (int64_t q = 0; q < tokens; q += kQueries) {
       const int64_t n = std::min(kQueries, tokens - q);
-      std::fill(desk.query, desk.query + kQueries * D / 2, 0u);
+      std::fill(scratch.query, scratch.query + kQueries * D / 2, 0u);
       for (int64_t i = 0; i < n; ++i) {
-        copy_row<D>(row(query, first + q + i, h), desk.query + i * (D / 2));
+        copy_row<D>(row(query, first + q + i, h), scratch.query + i * (D / 2));
       }
-      desk.template attend<true>(tokens, 0, static_cast<float>(scale) * kOctaves, desk.bias.data());
+      scratch.template attend<true>(tokens, 0, static_cast<float>(scale) * kOctaves, scratch.bias.data());
       for (int64_t i = 0; i < n; ++i) {
-        store_row(desk.mixed + i * D, row(out, first + q + i, h), D, desk.over_sum[i]);
+        store_row(scratch.acc + i * D, row(out, first + q + i, h), D, scratch.over_sum[i]);
       }
     }
   });
@@ -391,14 +391,14 @@ void weighed(const Tensor& query, const Tensor& key, const Tensor& value, const 
 
 bool bf16_serves(int64_t head_size) { return (head_size == 64 || head_size == 128) && tiles_granted(); }
 
-void bf16_prefill(const Tensor& query, const Tensor& pages, const Tensor& rows, const Tensor& positions,
-                  const Tensor& image, const Tensor& query_ptr, const Tensor& key_page,
-                  const Tensor& key_positions, const Tensor& key_image, const Tensor& key_ptr,
-                  const Tensor& angles, double scale, const Tensor& out) {
-  TORCH_CHECK(query.stride(2) == 1 && pages.stride(2) == 1 && out.stride(2) == 1,
+void bf16_prefill(const Tensor& query, const Tensor& kv_rows, const Tensor& rows, const Tensor& positions,
+                  const Tensor& image, const Tensor& query_start_loc, const Tensor& kv_row_index,
+                  const Tensor& key_positions, const Tensor& key_image, const Tensor& key_start_loc,
+                  const Tensor& cos_sin_cache, double scale, const Tensor& out) {
+  TORCH_CHECK(query.stride(2) == 1 && kv_rows.stride(2) == 1 && out.stride(2) == 1,
               "prefill needs unit stride along the head");
-  BY_HEAD_SIZE(prefill, query, pages, rows, positions, image, query_ptr, key_page, key_positions, key_image,
-               key_ptr, angles, scale, out);
+  BY_HEAD_SIZE(prefill, query, kv_rows, rows, positions, image, query_start_loc, kv_row_index, key_positions, key_image,
+               key_start_loc, cos_sin_cache, scale, out);
 }
 
 void bf16_weighed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& starts,

@@ -2,8 +2,8 @@
 //
 // One task is one request and some of its heads. Heads are the lanes of a vector: a key's scores by sixteen
 // heads are sixteen dot products whose sums end up side by side, and softmax runs down the keys. A merged
-// token's key is never turned: with q and k correlated once, each of its positions costs a dot product with a
-// row of task.angles.
+// token's key is never rotated: with q and k correlated once, each of its positions costs a dot product with a
+// row of task.cos_sin_cache.
 //
 // The Python side (vllm_hybrid/attention/cpu.py) documents shapes and meaning of every argument.
 #include "bf16_rows.h"
@@ -83,8 +83,8 @@ inline void correlate(const float* q, const float* k, float* z) {
 
 // Memory of one thread, kept from task to task. Rows of `logit`, `weight` and `over_sum` are as long as the
 // heads, filled up to whole vectors.
-struct Desk {
-  std::vector<float> query, logit, weight, mixed, over_sum;
+struct Scratch {
+  std::vector<float> query, logit, weight, acc, over_sum;
   std::vector<int64_t> head_at;
 };
 
@@ -92,19 +92,19 @@ struct Desk {
 template <int64_t D>
 struct Decode {
   const DecodeTask<BFloat16>& task;
-  Desk& desk;
+  Scratch& scratch;
   const int64_t heads = task.heads, rows = task.rows, lanes = (heads + kLanes - 1) / kLanes * kLanes;
 
   void run() const {
-    desk.query.resize(heads * D);
-    desk.logit.resize((task.member_ptr[rows] - task.member_ptr[0]) * lanes);
-    desk.weight.resize(rows * lanes);
-    desk.over_sum.resize(lanes);
-    desk.head_at.resize(heads);
-    desk.mixed.assign(heads * D, 0.f);
+    scratch.query.resize(heads * D);
+    scratch.logit.resize((task.member_ptr[rows] - task.member_ptr[0]) * lanes);
+    scratch.weight.resize(rows * lanes);
+    scratch.over_sum.resize(lanes);
+    scratch.head_at.resize(heads);
+    scratch.acc.assign(heads * D, 0.f);
     for (int64_t g = 0; g < heads; ++g) {
-      load_row(task.query + g * task.query_stride, desk.query.data() + g * D, D);
-      desk.head_at[g] = g / task.group * task.head_stride;
+      load_row(task.query + g * task.query_stride, scratch.query.data() + g * D, D);
+      scratch.head_at[g] = g / task.group * task.head_stride;
     }
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t g = 0; g < heads; g += kLanes) {
@@ -115,11 +115,11 @@ struct Decode {
     for (int64_t g = 0; g < heads; g += kLanes) softmax(g);
     for (int64_t row = 0; row < rows; row += kRows) mix(row);
     for (int64_t g = 0; g < heads; ++g) store(g);
-    if (task.mass) add_mass();
+    if (task.importance) add_importance();
   }
 
   const BFloat16* key(int64_t row, int64_t head) const {
-    return task.pages + task.page[row] * task.page_stride + desk.head_at[head];
+    return task.kv_rows + task.kv_row_index[row] * task.kv_row_stride + scratch.head_at[head];
   }
 
   // The next row's keys are far away in memory, at a stride that the CPU does not foresee.
@@ -133,7 +133,7 @@ struct Decode {
 
   // Scores of the heads g, g + 1, ... at one key.
   float* scores(int64_t member, int64_t g) const {
-    return desk.logit.data() + (member - task.member_ptr[0]) * lanes + g;
+    return scratch.logit.data() + (member - task.member_ptr[0]) * lanes + g;
   }
 
   void score_text(int64_t row, int64_t g) const {
@@ -149,19 +149,19 @@ struct Decode {
     const int64_t n = std::min(kLanes, heads - g);
     for (int64_t i = 0; i < n; ++i) {
       prefetch_next(row, g + i);
-      if (i == 0 || desk.head_at[g + i] != desk.head_at[g + i - 1]) load_row(key(row, g + i), k, D);
-      correlate<D>(desk.query.data() + (g + i) * D, k, z + i * D);
+      if (i == 0 || scratch.head_at[g + i] != scratch.head_at[g + i - 1]) load_row(key(row, g + i), k, D);
+      correlate<D>(scratch.query.data() + (g + i) * D, k, z + i * D);
     }
     for (int64_t m = task.member_ptr[row]; m < task.member_ptr[row + 1]; ++m) {
-      __m512 angle[D / kLanes];
+      __m512 cos_sin[D / kLanes];
 #pragma GCC unroll 8
       for (int64_t c = 0; c < D / kLanes; ++c)
-        angle[c] = _mm512_loadu_ps(task.angles + task.member_pos[m] * D + c * kLanes);
+        cos_sin[c] = _mm512_loadu_ps(task.cos_sin_cache + task.member_pos[m] * D + c * kLanes);
       const __m512 score = of_heads(n, [&](int64_t i) {
-        __m512 sum = _mm512_mul_ps(angle[0], _mm512_load_ps(z + i * D));
+        __m512 sum = _mm512_mul_ps(cos_sin[0], _mm512_load_ps(z + i * D));
 #pragma GCC unroll 8
         for (int64_t c = 1; c < D / kLanes; ++c) {
-          sum = _mm512_fmadd_ps(angle[c], _mm512_load_ps(z + i * D + c * kLanes), sum);
+          sum = _mm512_fmadd_ps(cos_sin[c], _mm512_load_ps(z + i * D + c * kLanes), sum);
         }
         return sum;
       });
@@ -171,36 +171,36 @@ struct Decode {
 
   // Each row's weight, summed over its members, and 1 / the sum of all.
   void softmax(int64_t g) const {
-    __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::max()), total = _mm512_setzero_ps();
+    __m512 m_i = _mm512_set1_ps(-std::numeric_limits<float>::max()), l_i = _mm512_setzero_ps();
     for (int64_t m = task.member_ptr[0]; m < task.member_ptr[rows]; ++m) {
-      top = _mm512_max_ps(top, _mm512_loadu_ps(scores(m, g)));
+      m_i = _mm512_max_ps(m_i, _mm512_loadu_ps(scores(m, g)));
     }
     const float octaves = task.scale * kOctaves;
-    const __m512 factor = _mm512_set1_ps(octaves), shift = _mm512_mul_ps(top, _mm512_set1_ps(-octaves));
+    const __m512 factor = _mm512_set1_ps(octaves), shift = _mm512_mul_ps(m_i, _mm512_set1_ps(-octaves));
     for (int64_t row = 0; row < rows; ++row) {
       __m512 weight = _mm512_setzero_ps();
       for (int64_t m = task.member_ptr[row]; m < task.member_ptr[row + 1]; ++m) {
         weight = _mm512_add_ps(weight, exp2(_mm512_fmadd_ps(_mm512_loadu_ps(scores(m, g)), factor, shift)));
       }
-      _mm512_storeu_ps(desk.weight.data() + row * lanes + g, weight);
-      total = _mm512_add_ps(total, weight);
+      _mm512_storeu_ps(scratch.weight.data() + row * lanes + g, weight);
+      l_i = _mm512_add_ps(l_i, weight);
     }
     const __mmask16 real = static_cast<__mmask16>((1u << std::min(kLanes, heads - g)) - 1);
-    _mm512_storeu_ps(desk.over_sum.data() + g, _mm512_maskz_div_ps(real, _mm512_set1_ps(1.f), total));
+    _mm512_storeu_ps(scratch.over_sum.data() + g, _mm512_maskz_div_ps(real, _mm512_set1_ps(1.f), l_i));
   }
 
-  // Adds weighted values of kRows rows to `mixed`, where the even and the odd ones of 32 channels stand
+  // Adds weighted values of kRows rows to `acc`, where the even and the odd ones of 32 channels stand
   // together.
   void mix(int64_t first) const {
     const __m512i odd_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     const int64_t n = std::min(kRows, rows - first);
     for (int64_t g = 0; g < heads; ++g) {
-      float* to = desk.mixed.data() + g * D;
+      float* to = scratch.acc.data() + g * D;
       __m512 sum[D / kLanes];
 #pragma GCC unroll 8
       for (int64_t c = 0; c < D / kLanes; ++c) sum[c] = _mm512_loadu_ps(to + c * kLanes);
       for (int64_t row = first; row < first + n; ++row) {
-        const __m512 weight = _mm512_set1_ps(desk.weight[row * lanes + g]);
+        const __m512 weight = _mm512_set1_ps(scratch.weight[row * lanes + g]);
         const BFloat16* value = key(row, g) + D;
 #pragma GCC unroll 8
         for (int64_t c = 0; c < D / kLanes; c += 2) {
@@ -217,8 +217,8 @@ struct Decode {
   }
 
   void store(int64_t g) const {
-    const float* from = desk.mixed.data() + g * D;
-    const __m512 factor = _mm512_set1_ps(desk.over_sum[g]);
+    const float* from = scratch.acc.data() + g * D;
+    const __m512 factor = _mm512_set1_ps(scratch.over_sum[g]);
     const auto rounded = [&](int64_t c) {
       return _mm512_cvtepu16_epi32(
           (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(from + c), factor)));
@@ -229,32 +229,32 @@ struct Decode {
     }
   }
 
-  void add_mass() const {
+  void add_importance() const {
     for (int64_t row = 0; row < rows; ++row) {
       __m512 sum = _mm512_setzero_ps();
       for (int64_t g = 0; g < heads; g += kLanes) {
-        const __m512 weight = _mm512_loadu_ps(desk.weight.data() + row * lanes + g);
-        sum = _mm512_fmadd_ps(weight, _mm512_loadu_ps(desk.over_sum.data() + g), sum);
+        const __m512 weight = _mm512_loadu_ps(scratch.weight.data() + row * lanes + g);
+        sum = _mm512_fmadd_ps(weight, _mm512_loadu_ps(scratch.over_sum.data() + g), sum);
       }
-      task.mass[row] += _mm512_reduce_add_ps(sum);
+      task.importance[row] += _mm512_reduce_add_ps(sum);
     }
   }
 };
 
 }  // namespace
 
-void bf16_decode(const Tensor& query, const Tensor& query_rows, const Tensor& requests, const Tensor& pages,
-                 const Tensor& row_ptr, const Tensor& row_page, const Tensor& row_image,
-                 const Tensor& member_ptr, const Tensor& member_pos, const Tensor& angles, double scale,
-                 const Tensor& out, const Tensor& mass) {
+void bf16_decode(const Tensor& query, const Tensor& query_rows, const Tensor& requests, const Tensor& kv_rows,
+                 const Tensor& row_ptr, const Tensor& kv_row_index, const Tensor& is_image,
+                 const Tensor& member_ptr, const Tensor& member_pos, const Tensor& cos_sin_cache, double scale,
+                 const Tensor& out, const Tensor& importance) {
   const int64_t head_size = query.size(2);
   TORCH_CHECK(bf16_serves(head_size), "head size ", head_size, " has no bf16 kernel");
-  const auto run = [&](const DecodeTask<BFloat16>& task, Desk& desk) {
-    if (head_size == 64) Decode<64>{task, desk}.run();
-    else Decode<128>{task, desk}.run();
+  const auto run = [&](const DecodeTask<BFloat16>& task, Scratch& scratch) {
+    if (head_size == 64) Decode<64>{task, scratch}.run();
+    else Decode<128>{task, scratch}.run();
   };
-  run_decodes<BFloat16, Desk>(query, query_rows, requests, pages, row_ptr, row_page, row_image, member_ptr,
-                              member_pos, angles, scale, out, mass, run);
+  run_decodes<BFloat16, Scratch>(query, query_rows, requests, kv_rows, row_ptr, kv_row_index, is_image, member_ptr,
+                              member_pos, cos_sin_cache, scale, out, importance, run);
 }
 
 #else

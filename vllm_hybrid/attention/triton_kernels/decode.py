@@ -3,7 +3,7 @@
 To move per request, layer and key/value head: keys and values of every row once from memory (4 * head_size
 bytes a row in bf16; a row's further positions find it in the cache of the multiprocessor), 8 bytes of list
 per virtual key. To compute: 4 * head_size operations per virtual key and query head, and 3 * head_size to
-turn an image's key. At 640 positions, 145 rows, 32 heads of 128 channels that is 2.4 MB read and 10 MFLOP,
+rotate an image's key. At 640 positions, 145 rows, 32 heads of 128 channels that is 2.4 MB read and 10 MFLOP,
 where the full model reads 10.5 MB.
 """
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from vllm_hybrid.attention.triton_kernels.lists import KeyLists
-from vllm_hybrid.attention.triton_kernels.tiles import gather_halves, product, turned
+from vllm_hybrid.attention.triton_kernels.tiles import gather_halves, product, rotate
 
 _TILE = 32
 _MOST_SPLITS = 16
@@ -26,8 +26,8 @@ _PROCESSORS = 132
 
 @triton.jit
 def _decode(
-    query, query_rows, pages, rows, turn, count, angles, part_top, part_sum, part_mixed,
-    scale, query_stride, query_head_stride, page_stride, page_head_stride, width,
+    query, query_rows, kv_rows, kv_row_index, rope_pos, count, cos_sin_cache, part_m, part_l, part_acc,
+    scale, query_stride, query_head_stride, kv_row_stride, kv_head_stride, width,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -38,58 +38,58 @@ def _decode(
     keys = tl.load(count + request)
     if query_row < 0 or keys <= 0:
         return
-    share = tl.cdiv(tl.cdiv(keys, TILE), SPLITS) * TILE
-    begin = split * share
-    end = tl.minimum(begin + share, keys)
+    keys_per_split = tl.cdiv(tl.cdiv(keys, TILE), SPLITS) * TILE
+    begin = split * keys_per_split
+    end = tl.minimum(begin + keys_per_split, keys)
     member = tl.arange(0, GROUP_PAD)
     channel = tl.arange(0, HALF_PAD)
     heads = kv_head * GROUP + member
     asked = query + query_row.to(tl.int64) * query_stride + kv_head * GROUP * query_head_stride
     q1, q2 = gather_halves(asked, member, query_head_stride, member < GROUP, HALF, HALF_PAD)
-    page = pages + kv_head.to(tl.int64) * page_head_stride
-    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    mixed1 = tl.zeros([GROUP_PAD, HALF_PAD], tl.float32)
-    mixed2 = tl.zeros([GROUP_PAD, HALF_PAD], tl.float32)
+    kv_base = kv_rows + kv_head.to(tl.int64) * kv_head_stride
+    m_i = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    l_i = tl.zeros([GROUP_PAD], tl.float32)
+    acc1 = tl.zeros([GROUP_PAD, HALF_PAD], tl.float32)
+    acc2 = tl.zeros([GROUP_PAD, HALF_PAD], tl.float32)
     for at in range(begin, end, TILE):
         key = at + tl.arange(0, TILE)
         there = key < end
         listed = request.to(tl.int64) * width + key
-        row = tl.load(rows + listed, mask=there, other=0)
-        turns = tl.load(turn + listed, mask=there, other=0)
-        k1, k2 = gather_halves(page, row, page_stride, there, HALF, HALF_PAD)
-        k1, k2 = turned(k1, k2, turns, angles, there, HALF, HALF_PAD)
-        v1, v2 = gather_halves(page + 2 * HALF, row, page_stride, there, HALF, HALF_PAD)
+        row = tl.load(kv_row_index + listed, mask=there, other=0)
+        pos = tl.load(rope_pos + listed, mask=there, other=0)
+        k1, k2 = gather_halves(kv_base, row, kv_row_stride, there, HALF, HALF_PAD)
+        k1, k2 = rotate(k1, k2, pos, cos_sin_cache, there, HALF, HALF_PAD)
+        v1, v2 = gather_halves(kv_base + 2 * HALF, row, kv_row_stride, there, HALF, HALF_PAD)
         if GROUP == 1:
             score = tl.sum(q1 * k1 + q2 * k2, axis=1)[None, :]
         else:
             score = product(q1, tl.trans(k1), DOT) + product(q2, tl.trans(k2), DOT)
         score = tl.where(there[None, :], score * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, axis=1))
-        fade = tl.exp(top - new_top)
-        weight = tl.exp(score - new_top[:, None])
-        total = total * fade + tl.sum(weight, axis=1)
+        m_new = tl.maximum(m_i, tl.max(score, axis=1))
+        alpha = tl.exp(m_i - m_new)
+        weight = tl.exp(score - m_new[:, None])
+        l_i = l_i * alpha + tl.sum(weight, axis=1)
         if GROUP == 1:
             column = tl.trans(weight)
-            mixed1 = mixed1 * fade[:, None] + tl.sum(column * v1, axis=0)[None, :]
-            mixed2 = mixed2 * fade[:, None] + tl.sum(column * v2, axis=0)[None, :]
+            acc1 = acc1 * alpha[:, None] + tl.sum(column * v1, axis=0)[None, :]
+            acc2 = acc2 * alpha[:, None] + tl.sum(column * v2, axis=0)[None, :]
         else:
-            mixed1 = mixed1 * fade[:, None] + product(weight, v1, DOT)
-            mixed2 = mixed2 * fade[:, None] + product(weight, v2, DOT)
-        top = new_top
+            acc1 = acc1 * alpha[:, None] + product(weight, v1, DOT)
+            acc2 = acc2 * alpha[:, None] + product(weight, v2, DOT)
+        m_i = m_new
     part = (request.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * SPLITS + split
     real = member < GROUP
-    tl.store(part_top + part, top, mask=real)
-    tl.store(part_sum + part, total, mask=real)
-    cell = part_mixed + part[:, None] * (2 * HALF) + channel[None, :]
+    tl.store(part_m + part, m_i, mask=real)
+    tl.store(part_l + part, l_i, mask=real)
+    cell = part_acc + part[:, None] * (2 * HALF) + channel[None, :]
     whole = real[:, None] & (channel < HALF)[None, :]
-    tl.store(cell, mixed1, mask=whole)
-    tl.store(cell + HALF, mixed2, mask=whole)
+    tl.store(cell, acc1, mask=whole)
+    tl.store(cell + HALF, acc2, mask=whole)
 
 
 @triton.jit
 def _combine(
-    query_rows, count, part_top, part_sum, part_mixed, out, out_stride, out_head_stride,
+    query_rows, count, part_m, part_l, part_acc, out, out_stride, out_head_stride,
     SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
@@ -102,13 +102,13 @@ def _combine(
     part = (request.to(tl.int64) * tl.num_programs(1) + head) * SPLITS + split
     # A request without keys has no parts either.
     there = split < tl.where(tl.load(count + request) > 0, SPLITS, 0)
-    top = tl.load(part_top + part, mask=there, other=float("-inf"))
-    most = tl.maximum(tl.max(top, axis=0), -1e30)
-    factor = tl.exp(top - most)
-    total = tl.sum(factor * tl.load(part_sum + part, mask=there, other=0.0), axis=0)
-    cells = part_mixed + part[:, None] * SIZE + channel[None, :]
-    mixed = tl.load(cells, mask=there[:, None] & (channel < SIZE)[None, :], other=0.0)
-    answer = tl.sum(factor[:, None] * mixed, axis=0) / tl.where(total > 0, total, 1.0)
+    m_i = tl.load(part_m + part, mask=there, other=float("-inf"))
+    most = tl.maximum(tl.max(m_i, axis=0), -1e30)
+    factor = tl.exp(m_i - most)
+    l_i = tl.sum(factor * tl.load(part_l + part, mask=there, other=0.0), axis=0)
+    cells = part_acc + part[:, None] * SIZE + channel[None, :]
+    acc = tl.load(cells, mask=there[:, None] & (channel < SIZE)[None, :], other=0.0)
+    answer = tl.sum(factor[:, None] * acc, axis=0) / tl.where(l_i > 0, l_i, 1.0)
     to = out + query_row.to(tl.int64) * out_stride + head * out_head_stride + channel
     tl.store(to, answer.to(out.dtype.element_ty), mask=channel < SIZE)
 
@@ -116,42 +116,43 @@ def _combine(
 def decode(
     query: torch.Tensor,
     query_rows: torch.Tensor,
-    pages: torch.Tensor,
+    kv_rows: torch.Tensor,
     keys: KeyLists,
-    angles: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Attend from one text query per request; see :func:`vllm_hybrid.attention.reference.attend`.
+    """Attend from one text query per request; see :class:`vllm_hybrid.attention.interface.AttentionOps`.
 
     Grids depend on shapes alone, and lengths are read on the device, so that a captured graph serves any
     lengths. The parts are joined in a fixed order: runs agree to the bit.
 
     Args:
-        query: [R, heads, head_size], turned to their positions.
+        query: [R, heads, head_size], rotated to their positions.
         query_rows: int32 [requests], live row of each request's query, -1 for requests to leave out.
-        pages: [rows, kv_heads, 2 * head_size], key then value of every page row.
+        kv_rows: [rows, kv_heads, 2 * head_size], key then value of every KV row.
         keys: the requests' virtual keys; where there are none the answer is 0.
-        angles: float32 [positions, head_size], cosines then sines.
+        cos_sin_cache: float32 [positions, head_size], cosines then sines.
         scale: factor on the scores.
         out: [R, heads, head_size]; the rows of ``query_rows`` are written.
 
     """
     requests, heads, size = query_rows.shape[0], query.shape[1], query.shape[2]
-    kv_heads = pages.shape[1]
+    kv_heads = kv_rows.shape[1]
     group = heads // kv_heads
-    splits = split_count(requests * kv_heads, keys.rows.shape[1], _processors(query.device))
-    tops, sums = torch.empty(2, requests, heads, splits, dtype=torch.float32, device=query.device)
-    mixed = torch.empty(requests, heads, splits, size, dtype=torch.float32, device=query.device)
+    splits = split_count(requests * kv_heads, keys.kv_row_index.shape[1], _processors(query.device))
+    part_m, part_l = torch.empty(2, requests, heads, splits, dtype=torch.float32, device=query.device)
+    part_acc = torch.empty(requests, heads, splits, size, dtype=torch.float32, device=query.device)
     half_pad = max(16, triton.next_power_of_2(size // 2))
     _decode[(requests, kv_heads, splits)](
-        query, query_rows, pages, keys.rows, keys.turn, keys.count, angles, tops, sums, mixed,
-        scale, query.stride(0), query.stride(1), pages.stride(0), pages.stride(1), keys.rows.stride(0),
+        query, query_rows, kv_rows, keys.kv_row_index, keys.rope_pos, keys.count, cos_sin_cache,
+        part_m, part_l, part_acc, scale, query.stride(0), query.stride(1),
+        kv_rows.stride(0), kv_rows.stride(1), keys.kv_row_index.stride(0),
         GROUP=group, GROUP_PAD=1 if group == 1 else max(16, triton.next_power_of_2(group)),
-        HALF=size // 2, HALF_PAD=half_pad, TILE=_TILE, SPLITS=splits, DOT=dot_type(pages.dtype),
+        HALF=size // 2, HALF_PAD=half_pad, TILE=_TILE, SPLITS=splits, DOT=dot_type(kv_rows.dtype),
     )  # fmt: skip
     _combine[(requests, heads)](
-        query_rows, keys.count, tops, sums, mixed, out, out.stride(0), out.stride(1),
+        query_rows, keys.count, part_m, part_l, part_acc, out, out.stride(0), out.stride(1),
         SIZE=size, SIZE_PAD=triton.next_power_of_2(size), SPLITS=splits,
     )  # fmt: skip
 

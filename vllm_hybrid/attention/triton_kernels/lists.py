@@ -6,30 +6,32 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_hybrid.attention.interface import KeyIndex
+
 
 @dataclass
-class KeyLists:
+class KeyLists(KeyIndex):
     """Virtual keys of a batch in buffers of fixed size, ascending by virtual position.
 
-    A turn of 0 turns nothing, so turning every key by its turn is right for text too.
+    Position 0 rotates nothing, so rotating every key to its position is right for text too.
 
     Attributes:
-        rows: int32 [requests, width], page row (block * rows_per_block + offset) a key is read from.
-        turn: int32 [requests, width], position a stored key is turned to; 0 for text, stored turned.
+        kv_row_index: int32 [requests, width], KV row (block * kv_rows_per_block + offset) a key is read from.
+        rope_pos: int32 [requests, width], position a stored key is rotated to; 0 for text, stored rotated.
         count: int32 [requests], virtual keys; what stands behind them is undefined. Negative where a page
             held another request's data: such a request has no keys.
 
     """
 
-    rows: torch.Tensor
-    turn: torch.Tensor
+    kv_row_index: torch.Tensor
+    rope_pos: torch.Tensor
     count: torch.Tensor
 
 
 def new_key_lists(requests: int, width: int, device: torch.device) -> KeyLists:
     """Room for the lists of ``requests`` requests of up to ``width`` virtual positions."""
-    rows, turn = torch.empty(2, requests, width, dtype=torch.int32, device=device)
-    return KeyLists(rows, turn, torch.empty(requests, dtype=torch.int32, device=device))
+    kv_row_index, rope_pos = torch.empty(2, requests, width, dtype=torch.int32, device=device)
+    return KeyLists(kv_row_index, rope_pos, torch.empty(requests, dtype=torch.int32, device=device))
 
 
 @dataclass
@@ -41,7 +43,7 @@ class QueryLists:
 
     Attributes:
         row: int32 [N], live row of each virtual query.
-        turn: int32 [N], position to turn it to; 0 for text rows, which are given turned.
+        rope_pos: int32 [N], position to rotate it to; 0 for text rows, which are given rotated.
         start: int32 [requests + 1], a request's stretch.
         by_row: int32 [N], virtual queries in stable order of live row.
         row_start: int32 [R + 1], a live row's stretch of ``by_row``.
@@ -49,14 +51,14 @@ class QueryLists:
     """
 
     row: torch.Tensor
-    turn: torch.Tensor
+    rope_pos: torch.Tensor
     start: torch.Tensor
     by_row: torch.Tensor
     row_start: torch.Tensor
 
 
 def query_lists(
-    row_of: torch.Tensor, positions: torch.Tensor, image: torch.Tensor, query_start: torch.Tensor
+    row_of: torch.Tensor, positions: torch.Tensor, image: torch.Tensor, query_start_loc: torch.Tensor
 ) -> QueryLists:
     """The virtual queries of a step; the host does not wait for the device.
 
@@ -64,16 +66,16 @@ def query_lists(
         row_of: int64 [N], live row that stands for each virtual row, -1 where it was dropped.
         positions: int64 [N], virtual position of each virtual row.
         image: int64 [R], image of the step a live row belongs to, -1 for text.
-        query_start: int32 [requests + 1], a request's stretch of virtual rows.
+        query_start_loc: int32 [requests + 1], a request's stretch of virtual rows.
 
     """
     virtual, rows = row_of.shape[0], image.shape[0]
-    inside = torch.arange(virtual, device=row_of.device) < query_start[-1]
+    inside = torch.arange(virtual, device=row_of.device) < query_start_loc[-1]
     stands = (row_of >= 0) & inside
     before = stands.cumsum(0)
     # Dropped rows are sent to one place behind the list.
     place = torch.where(stands, before - 1, virtual)
-    turn = torch.where(image[row_of.clamp(min=0)] >= 0, positions, 0)
+    rope_pos = torch.where(image[row_of.clamp(min=0)] >= 0, positions, 0)
 
     def listed(values: torch.Tensor, behind: int) -> torch.Tensor:
         room = torch.full((virtual + 1,), behind, dtype=torch.int32, device=values.device)
@@ -84,8 +86,8 @@ def query_lists(
     by_row = row.sort(stable=True)
     return QueryLists(
         row=row,
-        turn=listed(turn, 0),
-        start=torch.cat([before.new_zeros(1), before])[query_start.long()].int(),
+        rope_pos=listed(rope_pos, 0),
+        start=torch.cat([before.new_zeros(1), before])[query_start_loc.long()].int(),
         by_row=by_row.indices.int(),
         row_start=torch.searchsorted(
             by_row.values, torch.arange(rows + 1, dtype=torch.int32, device=row.device)

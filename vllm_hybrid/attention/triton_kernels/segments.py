@@ -20,13 +20,13 @@ def _mean(copies, by_row, row_start, out, copies_stride, out_stride, channels, C
     end = tl.load(row_start + row + 1)
     if begin == end:
         return
-    total = tl.zeros([CHANNELS], tl.float32)
+    acc = tl.zeros([CHANNELS], tl.float32)
     for place in range(begin, end):
         copy = tl.load(by_row + place).to(tl.int64)
-        total += tl.load(copies + copy * copies_stride + channel, mask=channel < channels, other=0.0).to(
+        acc += tl.load(copies + copy * copies_stride + channel, mask=channel < channels, other=0.0).to(
             tl.float32
         )
-    mean = total / (end - begin).to(tl.float32)
+    mean = acc / (end - begin).to(tl.float32)
     to = out + row.to(tl.int64) * out_stride + channel
     tl.store(to, mean.to(out.dtype.element_ty), mask=channel < channels)
 
@@ -34,10 +34,10 @@ def _mean(copies, by_row, row_start, out, copies_stride, out_stride, channels, C
 @triton.jit
 def _sum(values, by_row, row_start, out):
     row = tl.program_id(0)
-    total = 0.0
+    acc = 0.0
     for place in range(tl.load(row_start + row), tl.load(row_start + row + 1)):
-        total += tl.load(values + tl.load(by_row + place))
-    tl.store(out + row, total)
+        acc += tl.load(values + tl.load(by_row + place))
+    tl.store(out + row, acc)
 
 
 def segment_mean(

@@ -1,4 +1,4 @@
-"""Pieces that the attention kernels share: gathering rows as two halves, turning them, scoring."""
+"""Pieces that the attention kernels share: gathering rows as two halves, rotating them, scoring."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def gather_halves(base, rows, row_stride, there, HALF: tl.constexpr, HALF_PAD: t
 
 
 @triton.jit
-def turned(first, second, turn, angles, there, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
-    """Halves turned to positions ``turn`` (RoPE, half-split); no angle is read where all turns are 0."""
-    if tl.max(turn, axis=0) > 0:
+def rotate(first, second, pos, cos_sin_cache, there, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Halves rotated to positions ``pos`` (RoPE, half-split); nothing is read where all of them are 0."""
+    if tl.max(pos, axis=0) > 0:
         channel = tl.arange(0, HALF_PAD)
-        at = angles + turn.to(tl.int64)[:, None] * (2 * HALF) + channel[None, :]
+        at = cos_sin_cache + pos.to(tl.int64)[:, None] * (2 * HALF) + channel[None, :]
         mask = there[:, None] & (channel < HALF)[None, :]
         cos = tl.load(at, mask=mask, other=0.0)
         sin = tl.load(at + HALF, mask=mask, other=0.0)

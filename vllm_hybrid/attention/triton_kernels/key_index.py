@@ -42,17 +42,17 @@ def _masks(facts, table, first, live, words: tl.constexpr, block_size: tl.conste
 
 
 @triton.jit
-def _walk(
-    facts, tables, lengths, out_rows, out_turn, out_count,
-    table_stride, width, rows_per_block,
+def _key_index(
+    facts, tables, lengths, out_kv_row, out_rope_pos, out_count,
+    table_stride, width, kv_rows_per_block,
     patches: tl.constexpr, words: tl.constexpr, block_size: tl.constexpr, MASK_WORD: tl.constexpr,
     WORDS_PAD: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     length = tl.load(lengths + request)
     table = tables + request.to(tl.int64) * table_stride
-    out_rows += request.to(tl.int64) * width
-    out_turn += request.to(tl.int64) * width
+    out_kv_row += request.to(tl.int64) * width
+    out_rope_pos += request.to(tl.int64) * width
     offset = tl.arange(0, CHUNK)
     word = tl.arange(0, WORDS_PAD)
     bit = tl.arange(0, BITS)
@@ -70,9 +70,9 @@ def _walk(
         start = tl.load(facts + at * words, mask=inside, other=0)
         text = tl.min(tl.where(start != 0, offset, CHUNK), axis=0)
         text = tl.minimum(text, length - position)
-        row = (block * rows_per_block + slot % block_size).to(tl.int32)
-        tl.store(out_rows + filled + offset, row, mask=offset < text)
-        tl.store(out_turn + filled + offset, tl.zeros_like(row), mask=offset < text)
+        row = (block * kv_rows_per_block + slot % block_size).to(tl.int32)
+        tl.store(out_kv_row + filled + offset, row, mask=offset < text)
+        tl.store(out_rope_pos + filled + offset, tl.zeros_like(row), mask=offset < text)
         image = tl.sum(tl.where(offset == text, start, 0), axis=0)
         head = tl.sum(tl.where(offset == text, at, 0), axis=0)
         filled += text
@@ -91,10 +91,10 @@ def _walk(
                     union += tl.sum(mine, axis=0)
                 ones = _ones(union)
                 before = tl.cumsum(ones, axis=0) - ones
-                rank = before[:, None] + _ones(union[:, None] & below[None, :])
+                place = before[:, None] + _ones(union[:, None] & below[None, :])
                 patch = word[:, None] * BITS + bit[None, :]
                 held = (((union[:, None] >> bit[None, :]) & 1) != 0) & (patch < patches)
-                tl.store(out_turn + filled + rank, position + patch, mask=held)
+                tl.store(out_rope_pos + filled + place, position + patch, mask=held)
                 for first in range(0, live_rows, ROWS):
                     number = first + tl.arange(0, ROWS)
                     live = number < live_rows
@@ -102,10 +102,10 @@ def _walk(
                                   WORDS_PAD, ROWS)  # fmt: skip
                     its = position + number
                     its_block = tl.load(table + its // block_size, mask=live, other=0).to(tl.int64)
-                    its_row = (its_block * rows_per_block + its % block_size).to(tl.int32)
+                    its_row = (its_block * kv_rows_per_block + its % block_size).to(tl.int32)
                     its_own = (((mine[:, :, None] >> bit[None, None, :]) & 1) != 0) & held[None, :, :]
                     tl.store(
-                        out_rows + filled + rank[None, :, :] + tl.zeros_like(its_own).to(tl.int32),
+                        out_kv_row + filled + place[None, :, :] + tl.zeros_like(its_own).to(tl.int32),
                         its_row[:, None, None] + tl.zeros_like(its_own).to(tl.int32),
                         mask=its_own,
                     )
@@ -117,16 +117,16 @@ def _walk(
     tl.store(out_count + request, tl.where(foreign != 0, -1, filled))
 
 
-def walk_pages(
+def build_key_index(
     facts: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     patches: int,
-    rows_per_block: int,
+    kv_rows_per_block: int,
     out: KeyLists,
 ) -> None:
-    """Read every request's virtual keys from its live pages;
-    see :func:`vllm_hybrid.attention.reference.walk_pages`.
+    """Read every request's virtual keys from its live pages; see
+    :meth:`vllm_hybrid.attention.interface.AttentionOps.build_key_index`.
 
     Args:
         facts: int32 [blocks, block_size, words], the tier's page facts.
@@ -134,15 +134,15 @@ def walk_pages(
             be read, but nothing follows from them.
         seq_lens: int32 [requests], virtual length of each request.
         patches: patches of an image.
-        rows_per_block: page rows between two blocks of one layer.
+        kv_rows_per_block: KV rows between two blocks of one layer.
         out: the lists, as wide as the longest request; written.
 
     """
     requests = block_table.shape[0]
     block_size, words = facts.shape[1:]
-    _walk[(requests,)](
-        facts, block_table, seq_lens, out.rows, out.turn, out.count,
-        block_table.stride(0), out.rows.stride(0), rows_per_block,
+    _key_index[(requests,)](
+        facts, block_table, seq_lens, out.kv_row_index, out.rope_pos, out.count,
+        block_table.stride(0), out.kv_row_index.stride(0), kv_rows_per_block,
         patches=patches, words=words, block_size=block_size, MASK_WORD=MASK,
         WORDS_PAD=triton.next_power_of_2(words - MASK), CHUNK=_CHUNK, ROWS=_ROWS, BITS=_BITS,
     )  # fmt: skip

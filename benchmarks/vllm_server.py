@@ -1,0 +1,154 @@
+"""A `vllm serve` of its own process on a free port of this machine, what it says, and its end.
+
+Nothing here has a time limit but the last: what is waited for comes, or the server ends and with it the
+waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+# Ports that the system hands out to nobody who does not ask for them by number.
+_PORTS = range(20000, 32000)
+# Seconds that a server gets to end by itself when nobody waits for it any more.
+_PATIENCE_S = 60
+
+
+class VllmServer:
+    """A server of one checkpoint. As a context it is ready inside, and gone behind it.
+
+    Args:
+        checkpoint: folder of the model.
+        log: file that takes what the server prints.
+        overrides: for --hf-overrides.
+        options: more arguments of `vllm serve`.
+        environment: more variables of its process.
+
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        log: Path,
+        overrides: Mapping[str, Any],
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.log = log
+        self.port = _free_port()
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
+        command += ["--host=127.0.0.1", f"--port={self.port}", f"--hf-overrides={json.dumps(overrides)}"]
+        usual = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+        with log.open("wb") as file:
+            # A session of its own, so that its children can be ended with it.
+            self.process = subprocess.Popen(
+                [*command, *options],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=usual | dict(os.environ) | dict(environment or {}),
+                start_new_session=True,
+            )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def output(self) -> str:
+        """All the server has printed."""
+        return self.log.read_text(errors="replace")
+
+    def ready(self) -> Self:
+        """Wait until the server answers.
+
+        Raises:
+            RuntimeError: it ended; its last lines are in the message.
+
+        """
+        while self.process.poll() is None:
+            try:
+                self._get("/health")
+                return self
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        self.kill()
+        raise RuntimeError(f"the server did not start:\n{self.output[-4000:]}")
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics, summed over its labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        sums: dict[str, float] = {}
+        for family in text_string_to_metric_families(self._get("/metrics")):
+            for sample in family.samples:
+                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+        return sums
+
+    def reduced(self) -> dict[str, float]:
+        """The plugin's own counters by name: "images", "live_tokens", ..."""
+        own, total = "vllm_hybrid:", "_total"
+        return {
+            name.removeprefix(own).removesuffix(total): value
+            for name, value in self.metrics().items()
+            if name.startswith(own) and name.endswith(total)
+        }
+
+    def post(self, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
+        """What the server answers to a JSON object.
+
+        Raises:
+            urllib.error.HTTPError: it refuses it.
+
+        """
+        data, headers = json.dumps(content).encode(), {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers)) as answer:
+            return json.load(answer)
+
+    def interrupt(self) -> int:
+        """Ask the server to end as Ctrl-C does, wait for it, and return its exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait()
+
+    def kill(self) -> None:
+        """End the server and its children at once, if any of them is left."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self.ready()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=_PATIENCE_S)
+        self.kill()
+
+    def _get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path) as answer:
+            return answer.read().decode()
+
+
+def _free_port() -> int:
+    """A port that is free now, and that nobody else is likely to take until the server does."""
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no port from {_PORTS.start} to {_PORTS.stop - 1} is free")

@@ -1,0 +1,60 @@
+"""Which implementation of attention a process uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+from vllm.platforms import current_platform
+
+from vllm_hybrid.attention.interface import AttentionOps, AttentionPlan, KeyIndex
+
+IMPLEMENTATION_ENV = "VLLM_HYBRID_ATTENTION"
+
+# What an implementation makes is only ever given back to itself, so its users see the bases.
+AnyAttentionOps = AttentionOps[KeyIndex, AttentionPlan[KeyIndex]]
+
+
+def _reference() -> AttentionOps[Any, Any]:
+    from vllm_hybrid.attention.reference import ReferenceAttention
+
+    return ReferenceAttention()
+
+
+def _cpu() -> AttentionOps[Any, Any]:
+    # vLLM's CPU modules do not belong in a process that serves on CUDA.
+    from vllm_hybrid.attention.cpu import CpuAttention
+    from vllm_hybrid.attention.cpu_dense import DenseCausalAttention
+
+    return CpuAttention(DenseCausalAttention)
+
+
+def _triton() -> AttentionOps[Any, Any]:
+    # Triton comes with vLLM on CUDA; a CPU does without, unless it interprets the kernels.
+    from vllm_hybrid.attention.gpu import GpuAttention
+
+    return GpuAttention()
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], AttentionOps[Any, Any]]] = {
+    "reference": _reference,
+    "cpu": _cpu,
+    "triton": _triton,
+}
+
+
+def select_attention() -> AnyAttentionOps:
+    """The implementation VLLM_HYBRID_ATTENTION names; where it is not set, the platform's.
+
+    Raises:
+        ValueError: the environment names none that exists.
+        RuntimeError: the CPU's cannot be compiled.
+
+    """
+    name = os.environ.get(IMPLEMENTATION_ENV, "cpu" if current_platform.is_cpu() else "triton")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{IMPLEMENTATION_ENV}={name!r} is not an implementation; use one of {sorted(IMPLEMENTATIONS)}"
+        )
+    return cast(AnyAttentionOps, IMPLEMENTATIONS[name]())
