@@ -8,7 +8,7 @@ export PORT MODEL ARGS PREPARE_ARGS
 
 # Each worker runs whole groups of tests (tests/support/grouping.py); `-n auto` is this machine's share of cores and
 # memory. A worker that dies ends the run.
-PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests -n auto --dist loadfile --no-loadscope-reorder \
+PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder \
 	--max-worker-restart 0 --durations 20
 
 .PHONY: help setup serve test test-fast lint demo bench clean

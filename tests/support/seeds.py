@@ -40,8 +40,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def derived(config: pytest.Config, name: str) -> int:
     """The seed, 0 .. 2**31 - 1, of a test or fixture by name."""
-    told = f"{config.stash[_SEED]} {name}".encode()
-    return int.from_bytes(hashlib.blake2b(told, digest_size=4).digest(), "big") >> 1
+    name_in_run = f"{config.stash[_SEED]} {name}".encode()
+    return int.from_bytes(hashlib.blake2b(name_in_run, digest_size=4).digest(), "big") >> 1
 
 
 def seed_generators(value: int) -> None:

@@ -72,11 +72,11 @@ def _build_folder(name: str, sources: Sequence[Path], flags: list[str]) -> Path:
     from torch.utils import cpp_extension
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    told_apart = hashlib.sha256("\0".join([torch.__version__, sys.version, *flags]).encode())
+    digest = hashlib.sha256("\0".join([torch.__version__, sys.version, *flags]).encode())
     headers = sorted({header for source in sources for header in source.parent.glob("*.h")})
     for file in [*sources, *headers]:
-        told_apart.update(str(file).encode() + b"\0" + file.read_bytes())
-    return Path(root) / f"{name}-{told_apart.hexdigest()[:16]}"
+        digest.update(str(file).encode() + b"\0" + file.read_bytes())
+    return Path(root) / f"{name}-{digest.hexdigest()[:16]}"
 
 
 @contextmanager

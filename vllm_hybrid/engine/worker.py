@@ -20,7 +20,7 @@ class ForeignPages:
     """Flags of a step that say whose pages held another request's data, on their way from the device.
 
     Args:
-        flags: bool [tiers, requests], whether a page walk met another request's data.
+        flags: bool [tiers, requests], whether a page held another request's data.
 
     """
 

@@ -4,7 +4,7 @@ Beside every slot of a tier stand a few int32 words: for a text row ``start`` is
 image ``start`` is one more than the virtual position of the image's first patch, ``count`` the number of
 live rows the image has in this tier, and the mask the patches this row holds. The live rows of an image
 that starts at position s fill the slots s .. s + count - 1; the slots up to s + patches are a hole whose
-blocks may belong to somebody else, so a walk jumps over them.
+blocks may belong to somebody else, so a reader jumps over them.
 """
 
 from __future__ import annotations

@@ -263,12 +263,12 @@ def score_threshold(scores: torch.Tensor, above: int) -> float:
     It is in the middle between the last score above and the first one not. Equal scores there count
     alike, so fewer may lie above.
     """
-    ranked = scores.double().sort(descending=True).values.tolist()
-    if above >= len(ranked):
-        return min(ranked, default=1.0) - 1e-3
+    descending = scores.double().sort(descending=True).values.tolist()
+    if above >= len(descending):
+        return min(descending, default=1.0) - 1e-3
     if above <= 0:
-        return max(ranked, default=1.0)
-    return (ranked[above - 1] + ranked[above]) / 2
+        return max(descending, default=1.0)
+    return (descending[above - 1] + descending[above]) / 2
 
 
 def find_shift(average: Callable[[float], float], tokens: float) -> tuple[float, float]:
@@ -357,8 +357,8 @@ def _named(paths: Sequence[str | Path], folder: str | Path | None) -> list[_Pict
 
 def _batch_name(work: Any, batch: Sequence[_Picture]) -> str:
     """A journal's name for what was computed from a batch; another one where a file has changed."""
-    told = json.dumps([work, [_stamp(picture) for picture in batch]])
-    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+    identity = json.dumps([work, [_stamp(picture) for picture in batch]])
+    return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
 
 def _stamp(picture: _Picture) -> list[Any]:

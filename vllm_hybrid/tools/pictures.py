@@ -171,12 +171,12 @@ def _left(files: Sequence[Path], bad: dict[Path, str], skip_unreadable: bool) ->
         return list(files)
     named = ", ".join(f"{file} ({reason})" for file, reason in list(bad.items())[:MOST_NAMED])
     more = f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
-    told = f"{len(bad)} of {len(files)} files cannot be read as pictures: {named}{more}"
+    sentence = f"{len(bad)} of {len(files)} files cannot be read as pictures: {named}{more}"
     if not skip_unreadable:
-        raise ValueError(f"{told}; remove or convert them, or leave them out with --skip-unreadable")
+        raise ValueError(f"{sentence}; remove or convert them, or leave them out with --skip-unreadable")
     if len(bad) == len(files):
-        raise ValueError(f"{told}; give a folder of pictures")
-    warnings.warn(f"{told}; left out", Notice, stacklevel=3)
+        raise ValueError(f"{sentence}; give a folder of pictures")
+    warnings.warn(f"{sentence}; left out", Notice, stacklevel=3)
     return [file for file in files if file not in bad]
 
 

@@ -226,8 +226,8 @@ def _files_to_take(source: Path) -> list[Path]:
     if lost:
         named = ", ".join(map(str, lost[:MOST_NAMED]))
         more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
-        told = f"left out what cannot be read and no server needs: {named}{more}"
-        warnings.warn(told, Notice, stacklevel=3)
+        sentence = f"left out what cannot be read and no server needs: {named}{more}"
+        warnings.warn(sentence, Notice, stacklevel=3)
     return files
 
 

@@ -28,9 +28,9 @@ def stable_batches(names: Sequence[str], batch_size: int, seed: int) -> list[lis
     left = np.arange(len(names))
     batches = []
     for number, size in enumerate(_sizes(len(names), batch_size)):
-        ranks = _scrambled(hashes[left] ^ np.uint64(_hash(f"{seed} {number}")))
-        first = np.argpartition(ranks, size - 1)[:size]
-        first = first[np.argsort(ranks[first])]
+        keys = _scrambled(hashes[left] ^ np.uint64(_hash(f"{seed} {number}")))
+        first = np.argpartition(keys, size - 1)[:size]
+        first = first[np.argsort(keys[first])]
         batches.append(left[first].tolist())
         left = np.delete(left, first)
     return batches
@@ -49,8 +49,8 @@ def _sizes(things: int, batch_size: int) -> list[int]:
 
 def _hash(text: str) -> int:
     # File names need not be Unicode.
-    told = text.encode(errors="surrogateescape")
-    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big")
+    name = text.encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
 
 
 def _scrambled(values: np.ndarray) -> np.ndarray:

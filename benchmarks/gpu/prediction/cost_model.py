@@ -220,38 +220,38 @@ def causal_pairs(queries: float, keys: float) -> float:
 
 
 # Bytes that blocks of threads ask of the caches, per layer and request. A block of a prefill reads every key
-# it sees for one tile of queries; the hybrid reads a float32 row of angles beside each key it turns. What the
-# caches of the multiprocessors hold already is not taken off.
+# it sees for one tile of queries; the hybrid reads a float32 row of cosines and sines beside each key it
+# rotates. What the caches of the multiprocessors hold already is not taken off.
 
 FLASH_QUERY_TILE = 128  # FlashAttention 3, head size 128
 STOCK_QUERY_TILE = 16  # vLLM's Triton attention, one query head per key head
 HYBRID_QUERY_TILE = 64
-ANGLE_BYTES = 4
+COS_SIN_BYTES = 4
 
 
-def key_bytes(shape: Shape, keys: float, turned: float) -> float:
-    """Bytes of keys, their values and, for those that are turned, angles: of one key head."""
-    return shape.head_size * (2 * shape.number_bytes * keys + ANGLE_BYTES * turned)
+def key_bytes(shape: Shape, keys: float, rotated: float) -> float:
+    """Bytes of keys, their values and, for those that are rotated, cosines and sines: of one key head."""
+    return shape.head_size * (2 * shape.number_bytes * keys + COS_SIN_BYTES * rotated)
 
 
-def asked_by_prefill(shape: Shape, positions: float, turned_share: float, tile: int) -> float:
+def asked_by_prefill(shape: Shape, positions: float, rotated_share: float, tile: int) -> float:
     """Bytes asked of the caches by a prompt's attention.
 
     Args:
         shape: the model.
         positions: virtual positions of the prompt.
-        turned_share: share of the keys that are turned; 0 in stock.
+        rotated_share: share of the keys that are rotated; 0 in stock.
         tile: queries that a block answers at once.
 
     """
     tiles = positions / tile
     seen = tile * tiles * (tiles + 1) / 2
-    return shape.heads * key_bytes(shape, seen, turned_share * seen)
+    return shape.heads * key_bytes(shape, seen, rotated_share * seen)
 
 
-def asked_by_decode(shape: Shape, positions: float, turned: float) -> float:
-    """Bytes asked of the caches by one query: every virtual key once, ``turned`` of them with angles."""
-    return shape.kv_heads * key_bytes(shape, positions, turned)
+def asked_by_decode(shape: Shape, positions: float, rotated: float) -> float:
+    """Bytes asked of the caches by one query: every virtual key once, ``rotated`` of them with angles."""
+    return shape.kv_heads * key_bytes(shape, positions, rotated)
 
 
 # KV memory: exactly the blocks that vLLM's managers hold once the step after the prefill has run.
@@ -372,9 +372,9 @@ def decoder_time(shape: Shape, engine: Engine, work: Work, gpu: Gpu) -> float:
             weights / (gpu.bandwidth * gpu.bandwidth_share),
         )
         virtual = text + image_positions
-        turned = image_positions if reduction.active else 0.0
+        rotated = image_positions if reduction.active else 0.0
         pairs = causal_pairs(virtual, virtual)
-        asked = asked_by_prefill(shape, virtual, turned / max(virtual, 1), query_tile(engine))
+        asked = asked_by_prefill(shape, virtual, rotated / max(virtual, 1), query_tile(engine))
         prefill = work.prefills * max(
             attention_flops(shape, pairs) / (gpu.flops * attention_share), asked / gpu.cache_bandwidth
         )
@@ -383,7 +383,7 @@ def decoder_time(shape: Shape, engine: Engine, work: Work, gpu: Gpu) -> float:
         keys = text_stored + len(work.decodes) * image_positions
         read = max(
             stored * shape.token_kv_bytes / (gpu.bandwidth * gpu.bandwidth_share),
-            asked_by_decode(shape, keys, turned * len(work.decodes)) / gpu.cache_bandwidth,
+            asked_by_decode(shape, keys, rotated * len(work.decodes)) / gpu.cache_bandwidth,
         )
         # An active engine also writes and reads a copy of the row per virtual query of a prompt.
         passes = gpu.hybrid_layer_passes if reduction.active else gpu.stock_layer_passes
