@@ -11,7 +11,7 @@ export PORT MODEL ARGS PREPARE_ARGS
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder \
 	--max-worker-restart 0 --durations 20
 
-.PHONY: help setup serve test test-fast lint demo bench clean
+.PHONY: help setup serve test test-fast test-next lint demo bench clean
 
 help:
 	@echo "make setup   make .venv with everything installed (the others do it first)"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench   run the benchmark; BENCH_ARGS='flags of benchmarks/run.py'"
 	@echo "make test    run the test suite; TEST_ARGS='flags of pytest'"
 	@echo "make test-fast  the tests that start no engine and take no minute"
+	@echo "make test-next  tests beside a newer vLLM without a build for CPUs: see scripts/test_next.sh"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the environment and the checkpoints that were made"
 	@echo "Set-up reads HYBRID_DEVICE=cpu|cuda, HYBRID_PYTHON and TORCH_INDEX_URL: see setup_hybrid.sh."
@@ -38,6 +39,9 @@ test: setup
 test-fast: setup
 	$(PYTEST) -m "not engine and not slow" $(TEST_ARGS)
 
+test-next: setup
+	./scripts/test_next.sh $(TEST_ARGS)
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -50,4 +54,4 @@ bench: setup
 	HF_HUB_OFFLINE=1 $(PY) benchmarks/run.py $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv .venv.new .setup.lock llava-hybrid .llava-hybrid.partial prepared
+	rm -rf .venv .venv.new .venv-next .setup.lock llava-hybrid .llava-hybrid.partial prepared

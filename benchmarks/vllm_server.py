@@ -15,9 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -73,18 +73,22 @@ class VllmServer:
         return self.log.read_text(errors="replace")
 
     def ready(self) -> Self:
-        """Wait until the server answers.
+        """Wait until the server answers. Where the waiting is broken off, the server ends.
 
         Raises:
             RuntimeError: it ended; its last lines are in the message.
 
         """
-        while self.process.poll() is None:
-            try:
-                self._get("/health")
-                return self
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
+        try:
+            while self.process.poll() is None:
+                try:
+                    self._get("/health")
+                    return self
+                except (OSError, HTTPException):
+                    time.sleep(0.2)
+        except BaseException:
+            self.kill()
+            raise
         self.kill()
         raise RuntimeError(f"the server did not start:\n{self.output[-4000:]}")
 

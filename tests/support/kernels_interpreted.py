@@ -138,7 +138,7 @@ def test_a_page_of_another_request_leaves_no_keys(world: World) -> None:
 
 
 def test_key_indices_stay_inside_their_lists_whatever_pages_say(world: World) -> None:
-    """Block tables may name pages of others by mistake: no facts may lead a walk out of its memory."""
+    """Block tables may name pages of others by mistake: no facts may lead the kernel out of its memory."""
     blocks, block_size, words = world.facts.shape
     facts = torch.randint(-(1 << 31), (1 << 31) - 1, (blocks, block_size, words), dtype=torch.int32)
     position = torch.arange(world.table.shape[1] * block_size).view(-1, block_size)

@@ -49,7 +49,7 @@ class Work:
 class Found:
     """Answers as vLLM gives them, and the choices of each rank.
 
-    `apart` and `apart_outputs` are the same, for one token, with every rank left to rank by its own heads.
+    `apart` and `apart_outputs` are the same, for one token, with every rank left to score by its own heads.
     """
 
     outputs: list[Any]
@@ -79,7 +79,7 @@ class RankView:
         taken, self.seen_choices = self.seen_choices, []
         return taken
 
-    def rank_by_own_heads(self) -> None:
+    def score_by_own_heads(self) -> None:
         """Leave FastV's importances unreduced from now on."""
         from vllm_hybrid.models import step
 
@@ -101,7 +101,7 @@ def answer(work: Work) -> Found:
     assert len(served.llm.collective_rpc("watch_choices")) == RANKS
     outputs = served.generate(work.asks, work.tokens)
     choices = served.llm.collective_rpc("take_choices")
-    served.llm.collective_rpc("rank_by_own_heads")
+    served.llm.collective_rpc("score_by_own_heads")
     apart_outputs = served.generate(work.asks, 1)
     return Found(outputs, choices, apart_outputs, served.llm.collective_rpc("take_choices"))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +24,6 @@ from tests.support.attention_world import (
     rotated_queries,
 )
 from vllm_hybrid.attention import cpu, interface
-from vllm_hybrid.attention.cpu_dense import DenseCausalAttention
 from vllm_hybrid.attention.interface import TierBatch
 from vllm_hybrid.attention.reference import ReferenceAttention
 from vllm_hybrid.kv import page_facts
@@ -32,13 +34,20 @@ from vllm_hybrid.method.token_merging import PackedTokens
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 
-CPU = cpu.CpuAttention(DenseCausalAttention)
-IMPLEMENTATIONS: dict[str, Ops] = {"reference": ReferenceAttention(), "cpu": CPU}
+@cache
+def cpu_ops() -> Ops:
+    """The C++ with the dense attention that serves, compiled for the first test that asks."""
+    from vllm_hybrid.attention.cpu_dense import DenseCausalAttention
+
+    return cpu.CpuAttention(DenseCausalAttention)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], Ops]] = {"reference": ReferenceAttention, "cpu": cpu_ops}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def ops(request: pytest.FixtureRequest) -> Ops:
-    return IMPLEMENTATIONS[request.param]
+    return IMPLEMENTATIONS[request.param]()
 
 
 @pytest.fixture(params=SHAPES)
@@ -84,8 +93,8 @@ def test_decode_and_chunks_read_what_earlier_steps_stored(world: World, ops: Ops
 def test_key_indices_agree_and_jump_over_holes(world: World, seed: int) -> None:
     plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     _, key, value = random_rows(world, plan.rows.shape[0])
-    world.store(plan, key, value, CPU)
-    slow, fast = (world.key_index(ops) for ops in IMPLEMENTATIONS.values())
+    world.store(plan, key, value, cpu_ops())
+    slow, fast = (world.key_index(make()) for make in IMPLEMENTATIONS.values())
     for name, wanted in vars(slow).items():
         assert torch.equal(getattr(fast, name), wanted), name
     assert slow.member_pos.shape[0] == sum(world.lengths)
@@ -117,9 +126,9 @@ def test_bfloat16_stays_within_its_rounding(
     rotated = interface.rotate(key, world.cos_sin_cache[world.positions[plan.rows]]).bfloat16()
     stored = torch.where((plan.image >= 0)[:, None, None], key, rotated)
     where = block * world.step + offset
-    CPU.write_pages(stored, value, world.rows, where)
+    cpu_ops().write_pages(stored, value, world.rows, where)
     given = rotated_queries(world, plan, query).bfloat16()
-    batch, keys = world.batch(plan, where, []), world.key_index(CPU)
+    batch, keys = world.batch(plan, where, []), world.key_index(cpu_ops())
     asked = torch.arange(plan.rows.shape[0])
     if later:
         ends = world.query_start_loc_cpu[1:]
@@ -130,8 +139,8 @@ def test_bfloat16_stays_within_its_rounding(
         starts = [0, later, 2 * later]
         batch = TierBatch(step, world.positions[virtual], starts, torch.tensor(starts).int(), rows, [])
     out = torch.full_like(given[asked], torch.nan)
-    attention = CPU.plan(batch, keys)
-    CPU.attend(given[asked], world.rows, attention, world.cos_sin_cache, world.scale, out)
+    attention = cpu_ops().plan(batch, keys)
+    cpu_ops().attend(given[asked], world.rows, attention, world.cos_sin_cache, world.scale, out)
     got = dict(zip(asked.tolist(), out.float(), strict=True))
     for request in range(2):
         mine, positions = world.members(plan, request)
@@ -151,9 +160,9 @@ def test_bfloat16_decodes_and_importances_equal_those_of_the_same_numbers_in_flo
     world = World(*heads, 8, lengths[:requests], starts[:requests], [[11], [PATCHES, 1], []][:requests])
     plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     query, key, value = random_rows(world, plan.rows.shape[0])
-    world.store(plan, key, value, CPU)
+    world.store(plan, key, value, cpu_ops())
     world.rows = world.rows.bfloat16()
-    keys = world.key_index(CPU)
+    keys = world.key_index(cpu_ops())
     last = torch.tensor(world.query_start_loc_cpu[1:]) - 1
     order = torch.arange(requests)
     step = RowPlan(order, order, order, torch.full_like(order, -1))
@@ -165,7 +174,9 @@ def test_bfloat16_decodes_and_importances_equal_those_of_the_same_numbers_in_flo
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         rows, out = world.rows.to(dtype), torch.full_like(given, torch.nan, dtype=dtype)
-        CPU.attend(given.to(dtype), rows, CPU.plan(batch, keys), world.cos_sin_cache, world.scale, out)
+        cpu_ops().attend(
+            given.to(dtype), rows, cpu_ops().plan(batch, keys), world.cos_sin_cache, world.scale, out
+        )
         everyone = torch.zeros(keys.kv_row_index.shape[0])
         cpu._decode(
             given.to(dtype), order, order, rows, keys, world.cos_sin_cache, world.scale, out.clone(), everyone
@@ -188,7 +199,7 @@ def test_proportional_attention_weighs_keys_by_their_sizes(head_size: int, seed:
     query, key, value = (torch.randn(3, int(lengths.sum()), 5, head_size) / 2).bfloat16()
     size = torch.randint(1, 400, (int(lengths.sum()),)).float()
     scale = head_size**-0.5
-    got = CPU.proportional_attention(query, key, value, packed(lengths, size), scale)
+    got = cpu_ops().proportional_attention(query, key, value, packed(lengths, size), scale)
     for image in torch.arange(int(lengths.sum())).split(lengths.tolist()):
         q, k, v = (x[image].double() for x in (query, key, value))
         weight = (torch.einsum("qhd,khd->hqk", q, k) * scale).exp() * size[image].double()
@@ -208,7 +219,7 @@ def test_scores_may_rise_and_fall_by_any_amount_along_a_sequence(rise: float, se
     key[:, :, 5] = (rise * (torch.arange(tokens) // 8 * 8) + torch.randint(0, 6, (tokens,)))[:, None]
     query, key, value = (x.bfloat16() for x in (query, key, torch.randn(tokens, 2, 64)))
     size = torch.randint(1, 500, (tokens,)).float()
-    got = CPU.proportional_attention(query, key, value, packed(lengths, size), 1.0)
+    got = cpu_ops().proportional_attention(query, key, value, packed(lengths, size), 1.0)
     for image in torch.arange(tokens).split(lengths.tolist()):
         q, k, v = (x[image].double() for x in (query, key, value))
         logit = torch.einsum("qhd,khd->hqk", q, k) + size[image].double().log()

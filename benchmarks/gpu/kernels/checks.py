@@ -28,7 +28,7 @@ class Bound:
 
 # In bf16 the operands of a product are rounded, and so are copies and answers: doing that in plain torch
 # moves the answers of these scenes by 0.0018 to 0.0026, the worst row by up to 0.0038. A key that is left out
-# moves them by some 0.01. Ranking multiplies in float32 whatever the pages hold.
+# moves them by some 0.01. Importance is computed in float32 whatever the pages hold.
 BOUNDS = {
     "attend": {torch.bfloat16: Bound(5e-3, 1e-2), torch.float32: Bound(1e-5, 5e-5)},
     "importance": {torch.bfloat16: Bound(1e-5, 1e-4), torch.float32: Bound(1e-5, 1e-4)},

@@ -14,7 +14,7 @@ GROUPED = Heads(32, 8, 128)
 # Those of the checkpoints that checks/run.py serves.
 SMALL = Heads(4, 2, 64)
 LIVES = (90, 195, 394)
-# A page row's offset no longer fits in 32 bits: in bytes, and in numbers of two bytes.
+# A KV row's offset no longer fits in 32 bits: in bytes, and in numbers of two bytes.
 BEHIND_BYTES = (1 << 31) + (1 << 20)
 BEHIND_NUMBERS = (1 << 32) + (1 << 20)
 

@@ -14,7 +14,7 @@ from vllm_hybrid.method import row_plan
 from vllm_hybrid.method.row_plan import RowPlan, StepImages
 
 BLOCK_SIZE = 16
-# Page rows from one block of a layer to its next: other layers' rows of the block lie between.
+# KV rows from one block of a layer to its next: other layers' rows of the block lie between.
 KV_ROWS_PER_BLOCK = 2 * BLOCK_SIZE
 TEXT_BEFORE = 5
 

@@ -250,7 +250,7 @@ def asked_by_prefill(shape: Shape, positions: float, rotated_share: float, tile:
 
 
 def asked_by_decode(shape: Shape, positions: float, rotated: float) -> float:
-    """Bytes asked of the caches by one query: every virtual key once, ``rotated`` of them with angles."""
+    """Bytes asked of the caches by one query: every virtual key once, ``rotated`` of them rotated."""
     return shape.kv_heads * key_bytes(shape, positions, rotated)
 
 

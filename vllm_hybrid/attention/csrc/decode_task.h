@@ -10,18 +10,18 @@
 template <typename scalar_t>
 struct DecodeTask {
   const scalar_t* query;      // [heads, head_size], query_stride apart
-  const scalar_t* kv_rows;      // KV rows, at the first of the heads
+  const scalar_t* kv_rows;    // KV rows, at the first of the heads
   scalar_t* out;              // [heads, head_size], out_stride apart
   int64_t query_stride, out_stride, kv_row_stride, head_stride;
   int64_t heads, group, head_size;
   float scale;
   const float* cos_sin_cache;
-  const int64_t* kv_row_index;        // of the request's rows
+  const int64_t* kv_row_index;  // of the request's rows
   const bool* is_image;
   const int64_t* member_ptr;
   const int64_t* member_pos;
   int64_t rows;
-  float* importance;                // per row, or null
+  float* importance;          // per row, or null
 };
 
 // Calls run(task, scratch) for every task; a thread's scratch is its own. Arguments as those of decode.
