@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.fresh_process import answers_of
 
 pytestmark = pytest.mark.engine
 # vLLM's default depends on torch. Where nothing is compiled ahead of time, graphs are found by their tag.
@@ -25,17 +21,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict
     for way in WAYS.values():
         own = {"VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("cache")), "TORCHINDUCTOR_CACHE_DIR": inductor}
         environments += [own | way] * len(STARTS)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.compiled_stacks"],
-        input=json.dumps(environments),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ERRORS ")]
-    assert len(lines) == len(environments), done.stderr[-3000:]
-    found = iter([json.loads(line.removeprefix("ERRORS ")) for line in lines])
+    found = iter(answers_of("tests.support.compiled_stacks", "ERRORS ", environments))
     return {way: {start: next(found) for start in STARTS} for way in WAYS}
 
 

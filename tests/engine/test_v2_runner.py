@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from tests.support.paths import ROOT
+from tests.support.fresh_process import answers_of
 from tests.support.reference import Reference
 from tests.support.tiny_checkpoints import (
     decided_images,
@@ -75,7 +72,8 @@ def answers(cases: Cases) -> dict[str, dict[str, Any]]:
     # Last, since what watches steps stays in the process.
     watched: dict[str, Any] = {"attention": "triton", "watched": True, "requests": requests, "spoiled": LOST}
     alone: list[dict[str, Any]] = [{"attention": "cpu"}, {"attention": "reference"}]
-    found = _answers([cases.work | one for one in (*alone, watched)])
+    works = [cases.work | one for one in (*alone, watched)]
+    found = answers_of("tests.support.v2_answers", "ANSWERS ", works)
     return {answer["attention"]: answer for answer in found}
 
 
@@ -147,17 +145,3 @@ def test_decodes_of_one_size_issue_the_same_operations(interpreted: dict[str, An
     for traces in repeated:
         for trace in traces:
             assert trace == traces[0]
-
-
-def _answers(works: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.v2_answers"],
-        input=json.dumps(works),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
-    assert len(lines) == len(works), done.stderr[-3000:]
-    return [json.loads(line.removeprefix("ANSWERS ")) for line in lines]

@@ -84,7 +84,7 @@ class World:
         block, offset = self.slots(plan)
         self.facts[block, offset] = page_facts.plan_facts(plan, self.images, self.positions)
         where = block * self.step + offset
-        rotated = interface.rotate(key, self.cos_sin_cache[self.positions[plan.rows]])
+        rotated = interface.rotate(key, self.cos_sin_cache[self.positions[plan.rows]]).to(key.dtype)
         stored = torch.where((plan.image >= 0)[:, None, None], key, rotated)
         ops.write_pages(stored, value, self.rows, where)
         return where
@@ -104,6 +104,12 @@ SHAPES = {
     "wide heads": (2, 2, 128, 16),
     "block of one": (2, 1, 32, 1),
 }
+
+
+def several_requests(shape: tuple[int, int, int, int]) -> World:
+    """Requests with one image, two, none, and one at the start; heads, key heads, head size, block size."""
+    lengths = [3 + PATCHES + 6, 2 * PATCHES + 5, 11, PATCHES + 1]
+    return World(*shape, lengths, [[3], [0, PATCHES + 2], [], [0]], [[9], [1, PATCHES], [], [17]])
 
 
 def random_rows(world: World, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,7 +178,7 @@ def check_later_steps(world: World, ops: Ops) -> None:
         starts.append(len(picked))
     virtual = torch.tensor(picked)
     rows = torch.arange(len(picked))
-    step = RowPlan(rows, rows, rows, torch.full_like(rows, -1))
+    step = row_plan.plan_text_rows(len(picked))
     chosen = list(later)
     lengths = torch.tensor(world.lengths)[chosen]
     keys = ops.build_key_index(world.facts, world.table[chosen], lengths, PATCHES, world.step)

@@ -30,7 +30,7 @@ import torch
 from tests.support.paths import ROOT
 from vllm_hybrid.attention.interface import TierBatch
 from vllm_hybrid.kv.page_facts import fact_words
-from vllm_hybrid.method.row_plan import RowPlan
+from vllm_hybrid.method.row_plan import plan_text_rows
 
 KERNELS = ROOT / "vllm_hybrid" / "attention" / "triton_kernels"
 ARCHITECTURES = (80, 90)
@@ -158,7 +158,7 @@ def _step(requests: int, tokens: int) -> TierBatch:
     rows = torch.arange(requests * tokens)
     starts = [request * tokens for request in range(requests + 1)]
     return TierBatch(
-        row_plan=RowPlan(rows, rows, rows, torch.full_like(rows, -1)),
+        row_plan=plan_text_rows(requests * tokens),
         positions=rows % tokens,
         query_start_loc_cpu=starts,
         query_start_loc=torch.tensor(starts, dtype=torch.int32),

@@ -22,7 +22,7 @@ from tests.support import attention_world as shared  # noqa: E402
 from tests.support import kernel_memory  # noqa: E402
 from tests.support.attention_world import PATCHES, World  # noqa: E402
 from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
-from vllm_hybrid.attention import gpu, interface  # noqa: E402
+from vllm_hybrid.attention import gpu  # noqa: E402
 from vllm_hybrid.attention.interface import TierBatch  # noqa: E402
 from vllm_hybrid.attention.reference import build_key_index  # noqa: E402
 from vllm_hybrid.attention.triton_kernels import decode as decode_kernel  # noqa: E402
@@ -30,7 +30,6 @@ from vllm_hybrid.attention.triton_kernels.decode import split_count  # noqa: E40
 from vllm_hybrid.attention.triton_kernels.lists import KeyLists, query_lists  # noqa: E402
 from vllm_hybrid.kv import page_facts  # noqa: E402
 from vllm_hybrid.method import row_plan  # noqa: E402
-from vllm_hybrid.method.row_plan import RowPlan  # noqa: E402
 
 patch_once_a_launch()
 GPU = gpu.GpuAttention()
@@ -61,16 +60,7 @@ def test_memory_outside_of_the_arguments_is_noticed(given: int, room: int, what:
 
 @pytest.fixture(params=SHAPES)
 def world(request: pytest.FixtureRequest, seed: int) -> World:
-    heads, kv_heads, head_size, block_size = SHAPES[request.param]
-    return World(
-        heads,
-        kv_heads,
-        head_size,
-        block_size,
-        lengths=[3 + PATCHES + 6, 2 * PATCHES + 5, 11, PATCHES + 1],
-        image_starts=[[3], [0, PATCHES + 2], [], [0]],
-        live=[[9], [1, PATCHES], [], [17]],
-    )
+    return shared.several_requests(SHAPES[request.param])
 
 
 def test_live_rows(world: World) -> None:
@@ -160,7 +150,6 @@ def test_a_captured_decode_writes_every_row(seed: int) -> None:
     _, key, value = shared.random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value, GPU)
     requests, real = 4, 2
-    rows = torch.arange(requests)
     lengths = torch.tensor([*world.lengths, 0, 0])
     table = torch.zeros(requests, world.table.shape[1], dtype=torch.int32)
     table[:real] = world.table
@@ -168,7 +157,7 @@ def test_a_captured_decode_writes_every_row(seed: int) -> None:
     query = torch.randn(requests, 4, 64)
     out = torch.full_like(query, torch.nan)
     batch = TierBatch(
-        row_plan=RowPlan(rows=rows, row_of=rows, stored_at=rows, image=torch.full_like(rows, -1)),
+        row_plan=row_plan.plan_text_rows(requests),
         positions=torch.zeros(requests, dtype=torch.int64),
         # The host's view is the capture's; the device's is the replay's.
         query_start_loc_cpu=list(range(requests + 1)),
@@ -217,12 +206,7 @@ def test_bfloat16_pages(seed: int) -> None:
         plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
         query, key, value = (x.bfloat16() for x in shared.random_rows(world, plan.rows.shape[0]))
         world.rows = world.rows.bfloat16()
-        block, offset = world.slots(plan)
-        world.facts[block, offset] = page_facts.plan_facts(plan, world.images, world.positions)
-        rotated = interface.rotate(key, world.cos_sin_cache[world.positions[plan.rows]]).bfloat16()
-        stored = torch.where((plan.image >= 0)[:, None, None], key, rotated)
-        where = block * world.step + offset
-        GPU.write_pages(stored, value, world.rows, where)
+        where = world.store(plan, key, value, GPU)
         attention = GPU.plan(world.batch(plan, where, []), world.key_index(GPU))
         given = shared.rotated_queries(world, plan, query).bfloat16()
         out = torch.empty_like(given)

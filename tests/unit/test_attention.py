@@ -22,13 +22,12 @@ from tests.support.attention_world import (
     kept_images,
     random_rows,
     rotated_queries,
+    several_requests,
 )
 from vllm_hybrid.attention import cpu, interface
 from vllm_hybrid.attention.interface import TierBatch
 from vllm_hybrid.attention.reference import ReferenceAttention
-from vllm_hybrid.kv import page_facts
 from vllm_hybrid.method import row_plan
-from vllm_hybrid.method.row_plan import RowPlan
 from vllm_hybrid.method.token_merging import PackedTokens
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -52,16 +51,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 @pytest.fixture(params=SHAPES)
 def world(request: pytest.FixtureRequest, seed: int) -> World:
-    heads, kv_heads, head_size, block_size = SHAPES[request.param]
-    return World(
-        heads,
-        kv_heads,
-        head_size,
-        block_size,
-        lengths=[3 + PATCHES + 6, 2 * PATCHES + 5, 11, PATCHES + 1],
-        image_starts=[[3], [0, PATCHES + 2], [], [0]],
-        live=[[9], [1, PATCHES], [], [17]],
-    )
+    return several_requests(SHAPES[request.param])
 
 
 def test_live_rows_attend_like_the_definition(world: World, ops: Ops, seed: int) -> None:
@@ -121,12 +111,7 @@ def test_bfloat16_stays_within_its_rounding(
     plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     query, key, value = (x.bfloat16() for x in random_rows(world, plan.rows.shape[0]))
     world.rows = world.rows.bfloat16()
-    block, offset = world.slots(plan)
-    world.facts[block, offset] = page_facts.plan_facts(plan, world.images, world.positions)
-    rotated = interface.rotate(key, world.cos_sin_cache[world.positions[plan.rows]]).bfloat16()
-    stored = torch.where((plan.image >= 0)[:, None, None], key, rotated)
-    where = block * world.step + offset
-    cpu_ops().write_pages(stored, value, world.rows, where)
+    where = world.store(plan, key, value, cpu_ops())
     given = rotated_queries(world, plan, query).bfloat16()
     batch, keys = world.batch(plan, where, []), world.key_index(cpu_ops())
     asked = torch.arange(plan.rows.shape[0])
@@ -135,7 +120,7 @@ def test_bfloat16_stays_within_its_rounding(
         virtual = torch.cat([torch.arange(end - later, end) for end in ends])
         asked = plan.row_of[virtual]
         rows = torch.arange(len(virtual))
-        step = RowPlan(rows, rows, rows, torch.full_like(rows, -1))
+        step = row_plan.plan_text_rows(len(virtual))
         starts = [0, later, 2 * later]
         batch = TierBatch(step, world.positions[virtual], starts, torch.tensor(starts).int(), rows, [])
     out = torch.full_like(given[asked], torch.nan)
@@ -165,7 +150,7 @@ def test_bfloat16_decodes_and_importances_equal_those_of_the_same_numbers_in_flo
     keys = world.key_index(cpu_ops())
     last = torch.tensor(world.query_start_loc_cpu[1:]) - 1
     order = torch.arange(requests)
-    step = RowPlan(order, order, order, torch.full_like(order, -1))
+    step = row_plan.plan_text_rows(requests)
     starts_of = list(range(requests + 1))
     batch = TierBatch(
         step, world.positions[last], starts_of, torch.tensor(starts_of).int(), order, order.tolist()

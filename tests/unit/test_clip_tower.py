@@ -50,11 +50,9 @@ def _check(live: LiveTokens, reference: Reference, pixels: torch.Tensor) -> None
 
 
 def test_images_that_merge_nothing_in_a_layer_keep_their_order_beside_others_that_merge(
-    checkpoint: Path, vision_model: Any
+    checkpoint: Path, vision_model: Any, seed: int
 ) -> None:
     """In the first two layers about half of the images merge; in the last all do, by the order they have."""
-    seed = int(torch.seed() % 2**31)
-    print(f"seed {seed}")
     for images in (list(make_images(seed + offset).values()) for offset in range(20)):
         thresholds = _thresholds_that_part(checkpoint, images)
         reference = Reference(checkpoint, {"thresholds": thresholds})

@@ -259,3 +259,8 @@ def as_kv_rows(kv_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
     step = block_stride // slot
     rows = (blocks - 1) * step + block_size
     return kv_cache.as_strided((rows, heads, width), (slot, width, 1), kv_cache.storage_offset()), step
+
+
+def kv_row_index(slots: torch.Tensor, block_size: int, kv_rows_per_block: int) -> torch.Tensor:
+    """KV rows of :func:`as_kv_rows` that some slots are, int64 like ``slots`` and of its shape."""
+    return slots // block_size * kv_rows_per_block + slots % block_size

@@ -87,6 +87,12 @@ class RowPlan:
     image: torch.Tensor
 
 
+def plan_text_rows(num_rows: int, device: torch.device | str = "cpu") -> RowPlan:
+    """The plan of a step without images: every virtual row is live, and stored where it stands."""
+    rows = torch.arange(num_rows, device=device)
+    return RowPlan(rows=rows, row_of=rows, stored_at=rows, image=torch.full_like(rows, -1))
+
+
 def plan_live_rows(num_rows: int, images: StepImages) -> RowPlan:
     """The lower tier's rows: all text and the live tokens of every image.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_hybrid.attention.interface import AttentionPlan, KeyIndex, TierBatch, as_kv_rows
+from vllm_hybrid.attention.interface import AttentionPlan, KeyIndex, TierBatch, as_kv_rows, kv_row_index
 from vllm_hybrid.attention.select import AnyAttentionOps
 from vllm_hybrid.kv.page_facts import START, new_page_facts, plan_facts
 from vllm_hybrid.method.fastv import live_to_kept, select_tokens
@@ -17,6 +18,7 @@ from vllm_hybrid.method.row_plan import (
     StepImages,
     plan_kept_rows,
     plan_live_rows,
+    plan_text_rows,
     to_device,
     true_places,
 )
@@ -84,14 +86,7 @@ class TierPages:
 
     def kv_row_index(self, slots: torch.Tensor) -> torch.Tensor:
         """KV rows, int64 [R], of slots (int64 [R]); 0 where there is none."""
-        slots = slots.clamp(min=0)
-        return slots // self.block_size * self.kv_rows_per_block + slots % self.block_size
-
-
-def text_rows(num_rows: int, device: torch.device) -> RowPlan:
-    """The plan of a step without images: every virtual row is live."""
-    rows = torch.arange(num_rows, device=device)
-    return RowPlan(rows=rows, row_of=rows, stored_at=rows, image=torch.full_like(rows, -1))
+        return kv_row_index(slots.clamp(min=0), self.block_size, self.kv_rows_per_block)
 
 
 @dataclass
@@ -114,9 +109,10 @@ class Step:
     def lower_rows(self) -> RowPlan:
         """The live rows."""
         if self.images is None:
-            return text_rows(self.query_start_loc_cpu[-1], self.positions.device)
+            return plan_text_rows(self.query_start_loc_cpu[-1], self.positions.device)
         return plan_live_rows(self.query_start_loc_cpu[-1], self.images)
 
+    @cached_property
     def scored_requests(self) -> list[int]:
         """Requests whose last query scores image tokens: those with an image in the step.
 
@@ -141,7 +137,7 @@ class Step:
         assert images is not None
         mean = sum_over_ranks(importance) / heads
         # A prompt may end in an image; the row that answers for its last position has to live on.
-        last = [self.query_start_loc_cpu[r + 1] - 1 for r in self.scored_requests()]
+        last = [self.query_start_loc_cpu[r + 1] - 1 for r in self.scored_requests]
         mean.index_fill_(0, lower.row_of[to_device(last, mean.device)], float("inf"))
         is_image = lower.image >= 0
         image_rows = true_places(is_image, sum(images.counts))
@@ -169,7 +165,7 @@ class Step:
             query_start_loc_cpu=self.query_start_loc_cpu,
             query_start_loc=common.query_start_loc[: requests + 1],
             kv_row_index=kv_row_index,
-            scored=self.scored_requests(),
+            scored=self.scored_requests,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_hybrid.attention.interface import AttentionOps, TierBatch, make_cos_sin_cache
+from vllm_hybrid.attention.interface import AttentionOps, TierBatch, kv_row_index, make_cos_sin_cache
 from vllm_hybrid.attention.reference import ReferenceAttention
 from vllm_hybrid.kv.page_facts import fact_words, new_page_facts, plan_facts
 from vllm_hybrid.method import row_plan
@@ -215,7 +215,7 @@ def make_scene(
         new = (1 + rows * blocks) * BLOCK_SIZE + prompt
         written = torch.cat([stored, new])
         stored = torch.cat([new, new.new_zeros(shape.padding)])
-        plan, step_images = _decoded_rows(requests + shape.padding), None
+        plan, step_images = row_plan.plan_text_rows(requests + shape.padding), None
         positions = torch.cat([torch.full_like(rows, prompt), rows.new_zeros(shape.padding)])
         query_start_loc_cpu = list(range(requests + shape.padding + 1))
         table = torch.cat([table, table.new_zeros(shape.padding, blocks)])
@@ -238,7 +238,7 @@ def make_scene(
         facts=facts,
         block_table=table,
         seq_lens=seq_lens,
-        kv_row_index=_kv_row_index(stored),
+        kv_row_index=kv_row_index(stored, BLOCK_SIZE, KV_ROWS_PER_BLOCK),
         kv_rows=numbers[:0],
         query=torch.randn(plan.rows.shape[0], heads.heads, heads.head_size, generator=draw),
         cos_sin_cache=make_cos_sin_cache(10000.0**-exponent, length + 1),
@@ -249,17 +249,9 @@ def make_scene(
     # The pool is mostly empty, and large: it is made where it is used.
     rows = KV_ROWS_PER_BLOCK * (1 + requests * blocks)
     scene.kv_rows = torch.full((rows, *width), float("nan"), dtype=dtype, device=device)
-    scene.kv_rows[_kv_row_index(written).to(device)] = numbers.to(dtype).to(device)
+    own = kv_row_index(written, BLOCK_SIZE, KV_ROWS_PER_BLOCK).to(device)
+    scene.kv_rows[own] = numbers.to(dtype).to(device)
     return scene
-
-
-def _kv_row_index(slots: torch.Tensor) -> torch.Tensor:
-    return slots // BLOCK_SIZE * KV_ROWS_PER_BLOCK + slots % BLOCK_SIZE
-
-
-def _decoded_rows(rows: int) -> RowPlan:
-    own = torch.arange(rows)
-    return RowPlan(rows=own, row_of=own, stored_at=own, image=torch.full_like(own, -1))
 
 
 def _kept_rows(plan: RowPlan, images: StepImages, kept: int, draw: torch.Generator) -> RowPlan:
