@@ -7,8 +7,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-KNOWN_KEYS = ("thresholds", "default_level", "level", "fastv_layer", "fastv_ratio")
+KNOWN_KEYS = (
+    "thresholds",
+    "default_level",
+    "level",
+    "fastv_layer",
+    "fastv_ratio",
+    "fastv_rank",
+    "assistant_header",
+)
 DEFAULT_FASTV_LAYER = 2
+
+# What may rank an image's tokens: the prompt's last position, or the last one of the first assistant header
+# behind the image.
+PROMPT_END, TURN_END = "prompt_end", "turn_end"
+FASTV_RANKS = (PROMPT_END, TURN_END)
+DEFAULT_FASTV_RANK = PROMPT_END
 
 Thresholds = tuple[float | None, ...]
 
@@ -24,6 +38,8 @@ class HybridConfig:
         fastv_ratio: R, the share of an image's live tokens to drop; 0 drops none.
         level: name of the threshold level in use, where the section has named levels.
         levels: all named levels of the section, in its order.
+        fastv_rank: which position ranks an image's tokens, PROMPT_END or TURN_END.
+        assistant_header: token ids that begin an assistant's turn; empty where the section has none.
 
     """
 
@@ -32,6 +48,8 @@ class HybridConfig:
     fastv_ratio: float = 0.0
     level: str | None = None
     levels: tuple[str, ...] = ()
+    fastv_rank: str = DEFAULT_FASTV_RANK
+    assistant_header: tuple[int, ...] = ()
 
     @property
     def merges(self) -> bool:
@@ -42,6 +60,11 @@ class HybridConfig:
     def prunes(self) -> bool:
         """Whether FastV drops tokens."""
         return self.fastv_ratio > 0
+
+    @property
+    def ranking_header(self) -> tuple[int, ...]:
+        """Token ids of the header whose last position ranks; empty where the prompt's end does."""
+        return self.assistant_header if self.prunes and self.fastv_rank == TURN_END else ()
 
     @property
     def active(self) -> bool:
@@ -75,7 +98,14 @@ class HybridConfig:
         layer = section.get("fastv_layer", DEFAULT_FASTV_LAYER)
         if ratio > 0 or "fastv_layer" in section:
             layer = _parse_layer(layer, decoder_layers)
-        return cls(thresholds, layer, ratio, level, levels)
+        rank = _parse_rank(section.get("fastv_rank", DEFAULT_FASTV_RANK))
+        header = _parse_header(section.get("assistant_header"))
+        if ratio > 0 and rank == TURN_END and not header:
+            raise ValueError(
+                f"hybrid.fastv_rank is {rank!r}, but hybrid.assistant_header is missing; give its token ids, "
+                f"which `vllm-hybrid prepare` finds, or set hybrid.fastv_rank to {PROMPT_END!r}"
+            )
+        return cls(thresholds, layer, ratio, level, levels, rank, header)
 
 
 def check_keys(keys: Iterable[object]) -> None:
@@ -147,6 +177,25 @@ def _parse_ratio(value: Any) -> float:
     if not _is_number(value) or not 0 <= value < 1:
         raise ValueError(f"hybrid.fastv_ratio is {value!r}; give a number from 0 up to but not including 1")
     return float(value)
+
+
+def _parse_rank(value: Any) -> str:
+    if value not in FASTV_RANKS:
+        raise ValueError(f"hybrid.fastv_rank is {value!r}; use one of {', '.join(FASTV_RANKS)}")
+    return str(value)
+
+
+def _parse_header(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"hybrid.assistant_header is {value!r}; give a list of token ids, or null")
+    for i, token in enumerate(value):
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise ValueError(
+                f"hybrid.assistant_header[{i}] is {token!r}; give a token id, a whole number from 0 up"
+            )
+    return tuple(value)
 
 
 def _is_number(value: Any) -> bool:

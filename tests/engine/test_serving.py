@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.support.engines import (
+    TOLERANCE,
     Ask,
     Served,
     checkpoint,
@@ -18,7 +19,7 @@ from tests.support.engines import (
     serve,
     serve_stock,
 )
-from tests.support.tiny_checkpoints import make_images, prompt
+from tests.support.tiny_checkpoints import conversation, make_images, prompt
 
 MODES = ["off", "dymu", "fastv", "both"]
 
@@ -96,6 +97,59 @@ def test_pruning_after_other_layers_other_head_counts_and_weight_names(
     served = serve(hybrid_section("both", layer, 0.75), path)
     asks = [served.decided(image) for image in images(8)[:2]] + [Ask("Only text.")]
     served.check(asks, served.generate(asks))
+
+
+def by_turns(served: Served, *turns: tuple[Image.Image, ...]) -> Ask:
+    """A conversation with some images in each turn, whose prunes are no matter of rounding.
+
+    Raises:
+        RuntimeError: no wording at hand makes one.
+
+    """
+    for question, answer in itertools.product(
+        ("What is here?", "Is it bright?", "Why is that?"), ("It is red.", "Yes.", "No, it is not.")
+    ):
+        text = conversation([(len(images), question) for images in turns], answer)
+        ask = Ask(text, tuple(itertools.chain(*turns)))
+        if served.is_decided(ask):
+            return ask
+    raise RuntimeError("no wording decides the prunes of these images; use other images")
+
+
+@pytest.mark.parametrize("mode", ["fastv", "both"])
+def test_images_are_ranked_at_the_end_of_their_turns(mode: str) -> None:
+    """Several conversations at once: images in the first, the last, and in each turn, and none behind it."""
+    by_end = serve(hybrid_section(mode))
+    header = by_end.reference.tokenizer("ASSISTANT:")["input_ids"][1:]
+    served = serve(hybrid_section(mode) | {"fastv_rank": "turn_end", "assistant_header": header})
+    a, b, c, d = images(8)[:4]
+    asks = [
+        by_turns(served, (a,), (b,)),
+        by_turns(served, (b, d), ()),
+        Ask("USER: Hello there ASSISTANT:"),
+        by_turns(served, (c,), (), (a, d)),
+        by_turns(served, (d,), (a, b)),
+        by_turns(served, (a,)),
+    ]
+    outputs = served.generate(asks)
+    served.check(asks, outputs)
+    # What the prompt's last position would have kept is something else, except where there is one turn.
+    with pytest.raises(AssertionError, match="log probabilities differ"):
+        by_end.check(asks[:1], outputs[:1], 10 * TOLERANCE)
+    by_end.check(asks[-1:], outputs[-1:])
+
+
+def test_an_image_behind_the_last_header_is_ranked_by_the_prompt_s_end() -> None:
+    section = hybrid_section("both")
+    header = serve(section).reference.tokenizer("ASSISTANT:")["input_ids"][1:]
+    served = serve(section | {"fastv_rank": "turn_end", "assistant_header": header})
+    pictures = images(8)
+    texts = ("USER: <image> What? ASSISTANT: A dog. <image>", "USER: <image> What? ASSISTANT: <image> Why?")
+    asks = []
+    for text in texts:
+        decided = (ask for pair in itertools.pairwise(pictures) if served.is_decided(ask := Ask(text, pair)))
+        asks.append(next(decided))
+    served.check(asks, served.generate(asks, 4))
 
 
 def test_everything_merges_and_one_token_is_kept() -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from tests.support.fresh_process import answers_of
 from tests.support.reference import Reference
 from tests.support.tiny_checkpoints import (
+    conversation,
     decided_images,
     make_images,
     pick_thresholds,
@@ -21,7 +22,7 @@ from tests.support.tiny_checkpoints import (
 pytestmark = pytest.mark.engine
 TOKENS = 8
 # The request that loses a page, behind those whose answers are compared.
-LOST = 3
+LOST = 4
 
 
 @dataclass
@@ -40,7 +41,15 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     # Small, since Triton's interpreter is slow; two query heads still share one key head.
     checkpoint = write_checkpoint(folder / "checkpoint", seed=3, layers=4, heads=2, kv_heads=1)
     thresholds = pick_thresholds(checkpoint, list(make_images().values()), [0.5, 0.5, 0.5])
-    hybrid = {"thresholds": thresholds, "fastv_layer": 2, "fastv_ratio": 0.5}
+    header = Reference(checkpoint, {}).tokenizer("ASSISTANT:")["input_ids"][1:]
+    hybrid = {
+        "thresholds": thresholds,
+        "fastv_layer": 2,
+        "fastv_ratio": 0.5,
+        # A prompt of one turn ends in the header, so this is the prompt's last position there.
+        "fastv_rank": "turn_end",
+        "assistant_header": header,
+    }
     reference = Reference(checkpoint, hybrid)
     pictures = decided_images(reference, 3)
     files = []
@@ -48,20 +57,27 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
         files.append(str(folder / f"{number}.png"))
         picture.save(files[-1])
     prompts = [
-        ([0], "What is here?"),
-        ([1, 2], "Compare them."),
-        ([], "Hello there."),
+        ([0], prompt("What is here?")),
+        ([1, 2], prompt("Compare them.", 2)),
+        ([], prompt("Hello there.", 0)),
+        ([2, 0], _two_turns(reference, [pictures[2], pictures[0]])),
     ]
     work = {
         "checkpoint": str(checkpoint),
         "hybrid": hybrid,
         "tokens": TOKENS,
-        "requests": [
-            {"prompt": prompt(question, len(images)), "images": [files[i] for i in images]}
-            for images, question in prompts
-        ],
+        "requests": [{"prompt": text, "images": [files[i] for i in images]} for images, text in prompts],
     }
     return Cases(reference, pictures, prompts, work)
+
+
+def _two_turns(reference: Reference, images: list[Image.Image]) -> str:
+    """A conversation with an image in each turn, whose prunes are no matter of rounding."""
+    for answer in ("Yes.", "No, it is not.", "It is red.", "Three.", "Nobody knows."):
+        text = conversation([(1, "What is here?"), (1, "And here?")], answer)
+        if min(choice.margin for choice in reference.choices(reference.prompt_ids(text), images)) > 3e-4:
+            return text
+    raise RuntimeError("no answer decides the prunes of these images; use others")
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +121,8 @@ def test_a_request_whose_page_is_another_s_ends_with_an_error_and_alone(interpre
 
 def _check_answers(cases: Cases, result: dict[str, Any]) -> None:
     assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
-    for (images, question), answer in zip(cases.prompts, result["answers"], strict=True):
-        ids = cases.reference.prompt_ids(prompt(question, len(images)))
+    for (images, text), answer in zip(cases.prompts, result["answers"], strict=True):
+        ids = cases.reference.prompt_ids(text)
         score = cases.reference.score(ids, [cases.pictures[i] for i in images], answer["tokens"])
         assert score.distributions.argmax(-1).tolist() == answer["tokens"]
         for step, logprobs in enumerate(answer["logprobs"]):

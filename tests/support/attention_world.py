@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.support import reference
 from vllm_hybrid.attention import interface
-from vllm_hybrid.attention.interface import AttentionOps, TierBatch
+from vllm_hybrid.attention.interface import AttentionOps, RankingQuery, TierBatch
 from vllm_hybrid.kv import page_facts
 from vllm_hybrid.method import row_plan
 from vllm_hybrid.method.row_plan import RowPlan, StepImages
@@ -59,6 +59,7 @@ class World:
         self.images = StepImages.of(
             starts,
             torch.stack(owner) if owner else torch.empty(0, PATCHES, dtype=torch.int64),
+            self.positions,
         )
         inverse = THETA ** -(torch.arange(0, self.head_size, 2) / self.head_size)
         self.cos_sin_cache = interface.make_cos_sin_cache(inverse, max(self.lengths))
@@ -93,9 +94,35 @@ class World:
         """The virtual keys of all requests, read from their pages."""
         return ops.build_key_index(self.facts, self.table, torch.tensor(self.lengths), PATCHES, self.step)
 
-    def batch(self, plan: RowPlan, where: Tensor, scored: list[int]) -> TierBatch:
+    def batch(self, plan: RowPlan, where: Tensor, ranking: list[RankingQuery]) -> TierBatch:
         query_start_loc = torch.tensor(self.query_start_loc_cpu, dtype=torch.int32)
-        return TierBatch(plan, self.positions, self.query_start_loc_cpu, query_start_loc, where, scored)
+        return TierBatch(plan, self.positions, self.query_start_loc_cpu, query_start_loc, where, ranking)
+
+    def ranked_by_last_rows(self) -> list[RankingQuery]:
+        """Each request's last row ranks all its images."""
+        return [
+            RankingQuery(r, self.query_start_loc_cpu[r + 1] - 1, self.query_start_loc_cpu[r] + starts[0])
+            for r, starts in enumerate(self.image_starts)
+            if starts
+        ]
+
+    def ranked_on_the_way(self) -> list[RankingQuery]:
+        """Any text rows behind images, some of them or none; what they leave is the last row's."""
+        queries = []
+        for request, starts in enumerate(self.image_starts):
+            first, end = self.query_start_loc_cpu[request : request + 2]
+            unranked = None
+            ends = [*starts[1:], self.lengths[request]] if starts else []
+            for start, following in zip(starts, ends, strict=True):
+                unranked = start if unranked is None else unranked
+                text = range(start + PATCHES, following)
+                if text and torch.rand(()) < 0.6:
+                    row = text[int(torch.randint(len(text), ()))]
+                    queries.append(RankingQuery(request, first + row, first + unranked))
+                    unranked = None
+            if unranked is not None:
+                queries.append(RankingQuery(request, end - 1, first + unranked))
+        return queries
 
 
 SHAPES = {
@@ -110,6 +137,14 @@ def several_requests(shape: tuple[int, int, int, int]) -> World:
     """Requests with one image, two, none, and one at the start; heads, key heads, head size, block size."""
     lengths = [3 + PATCHES + 6, 2 * PATCHES + 5, 11, PATCHES + 1]
     return World(*shape, lengths, [[3], [0, PATCHES + 2], [], [0]], [[9], [1, PATCHES], [], [17]])
+
+
+def conversations(shape: tuple[int, int, int, int]) -> World:
+    """Requests with up to three images and text between and behind them, some of which end in an image."""
+    lengths = [3 * PATCHES + 15, 9, 2 * PATCHES + 6, 3 * PATCHES + 3, PATCHES + 4]
+    starts = [[2, PATCHES + 7, 2 * PATCHES + 7], [], [0, PATCHES + 6], [1, PATCHES + 1, 2 * PATCHES + 3], [2]]
+    live = [[9, PATCHES, 1], [], [5, 17], [3, 12, 20], [8]]
+    return World(*shape, lengths, starts, live)
 
 
 def random_rows(world: World, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,22 +168,33 @@ def kept_images(lower: RowPlan, keep: Tensor) -> int:
 def check_attention(world: World, plan: RowPlan, ops: Ops) -> None:
     query, key, value = random_rows(world, plan.rows.shape[0])
     where = world.store(plan, key, value, ops)
-    scored = [r for r, starts in enumerate(world.image_starts) if starts]
-    attention = ops.plan(world.batch(plan, where, scored), world.key_index(ops))
+    attention = ops.plan(world.batch(plan, where, []), world.key_index(ops))
     given = rotated_queries(world, plan, query)
     out = torch.full_like(query, torch.nan)
     ops.attend(given, world.rows, attention, world.cos_sin_cache, world.scale, out)
-    importance = ops.importance(given, world.rows, attention, world.cos_sin_cache, world.scale)
-    for request, length in enumerate(world.lengths):
+    for request in range(len(world.lengths)):
         rows, positions = world.members(plan, request)
         wanted = reference.vtu_attention(query[rows], key[rows], value[rows], positions, THETA)
         torch.testing.assert_close(out[rows], wanted, atol=2e-5, rtol=1e-4)
-        last_stands = any(length - 1 in own for own in positions)
-        if request in scored and last_stands:
-            by_head = reference.importance_by_head(query[rows], key[rows], positions, length - 1, THETA)
-            torch.testing.assert_close(importance[rows], by_head.sum(0), atol=2e-5, rtol=1e-4)
-        elif request not in scored:
-            assert not importance[rows].any()
+
+
+def check_importance(world: World, ranking: list[RankingQuery], ops: Ops) -> None:
+    """What ranking queries give to the live rows that they rank, and zero to all others."""
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
+    query, key, value = random_rows(world, plan.rows.shape[0])
+    where = world.store(plan, key, value, ops)
+    attention = ops.plan(world.batch(plan, where, ranking), world.key_index(ops))
+    given = rotated_queries(world, plan, query)
+    got = ops.importance(given, world.rows, attention, world.cos_sin_cache, world.scale)
+    wanted = torch.zeros(plan.rows.shape[0])
+    for asking in ranking:
+        rows, positions = world.members(plan, asking.request)
+        at = int(world.positions[asking.row])
+        by_head = reference.importance_by_head(query[rows], key[rows], positions, at, THETA)
+        for row, mass in zip(rows, by_head.sum(0), strict=True):
+            if asking.first_row <= int(plan.rows[row]) <= asking.row:
+                wanted[row] = mass
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
 
 
 def check_kept_rows(world: World, ops: Ops) -> None:

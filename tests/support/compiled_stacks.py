@@ -63,7 +63,7 @@ class Layer(nn.Module):
         return torch.relu(self.outward(out)), residual, query
 
 
-class ScoringLayer(Layer):
+class RankingLayer(Layer):
     """One that also hands out part of what it attended with."""
 
     def forward(  # type: ignore[override]
@@ -107,7 +107,7 @@ def errors() -> dict[str, float]:
     for name, wanted in vars(compilation.pass_config).items():
         if name.startswith(("fuse_", "enable_")) and wanted:
             setattr(compilation.pass_config, name, False)
-    layers = [ScoringLayer() if i == SPLIT - 1 else Layer() for i in range(LAYERS)]
+    layers = [RankingLayer() if i == SPLIT - 1 else Layer() for i in range(LAYERS)]
     plain = [Layer() for _ in range(LAYERS)]
     worst = {"lower": 0.0, "upper": 0.0, "whole": 0.0}
     with set_current_vllm_config(config), torch.inference_mode():

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from tests.support.paths import ROOT
-from vllm_hybrid.attention.interface import TierBatch
+from vllm_hybrid.attention.interface import RankingQuery, TierBatch
 from vllm_hybrid.kv.page_facts import fact_words
 from vllm_hybrid.method.row_plan import plan_text_rows
 
@@ -154,7 +154,7 @@ def compiling(architecture: int) -> Iterator[list[tuple[str, Any, str]]]:
 
 
 def _step(requests: int, tokens: int) -> TierBatch:
-    """A step of requests with as many rows each; the first one scores where there are several rows."""
+    """A step of requests with as many rows each; the first one's last ranks where there are several rows."""
     rows = torch.arange(requests * tokens)
     starts = [request * tokens for request in range(requests + 1)]
     return TierBatch(
@@ -163,7 +163,7 @@ def _step(requests: int, tokens: int) -> TierBatch:
         query_start_loc_cpu=starts,
         query_start_loc=torch.tensor(starts, dtype=torch.int32),
         kv_row_index=rows,
-        scored=[0] if tokens > 1 else [],
+        ranking_queries=[RankingQuery(0, tokens - 1, 0)] if tokens > 1 else [],
     )
 
 
@@ -183,7 +183,7 @@ def attend(heads: Heads, dtype: torch.dtype, requests: int, tokens: int) -> None
     cos_sin_cache = torch.zeros(LONGEST, heads.head_size)
     scale = heads.head_size**-0.5
     ops.attend(query, kv_rows, plan, cos_sin_cache, scale, torch.empty_like(query))
-    if plan.scored is not None:
+    if plan.ranking is not None:
         ops.importance(query, kv_rows, plan, cos_sin_cache, scale)
 
 

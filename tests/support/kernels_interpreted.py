@@ -67,6 +67,32 @@ def test_live_rows(world: World) -> None:
     shared.check_attention(world, row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images), GPU)
 
 
+def test_last_rows_rank(world: World) -> None:
+    shared.check_importance(world, world.ranked_by_last_rows(), GPU)
+
+
+def test_rows_on_the_way_rank(seed: int) -> None:
+    for shape in ((2, 2, 64, 5), (4, 1, 80, 7)):
+        world = shared.conversations(shape)
+        shared.check_importance(world, world.ranked_on_the_way(), GPU)
+
+
+def test_a_request_without_keys_ranks_nothing(seed: int) -> None:
+    """A page of another request leaves a request no keys; the others' importance stays."""
+    world = shared.conversations((2, 2, 64, 5))
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
+    query, key, value = shared.random_rows(world, plan.rows.shape[0])
+    batch = world.batch(plan, world.store(plan, key, value, GPU), world.ranked_on_the_way())
+    keys = world.key_index(GPU)
+    pages = (query, world.rows)
+    before = GPU.importance(*pages, GPU.plan(batch, keys), world.cos_sin_cache, world.scale)
+    keys.count[0] = -1
+    after = GPU.importance(*pages, GPU.plan(batch, keys), world.cos_sin_cache, world.scale)
+    first, end = batch.live_stretch(0)
+    assert before[first:end].any() and not after[first:end].any()
+    assert torch.equal(before[end:], after[end:])
+
+
 def test_kept_rows(world: World, seed: int) -> None:
     shared.check_kept_rows(world, GPU)
 
@@ -163,7 +189,7 @@ def test_a_captured_decode_writes_every_row(seed: int) -> None:
         query_start_loc_cpu=list(range(requests + 1)),
         query_start_loc=torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32),
         kv_row_index=torch.zeros(requests, dtype=torch.int64),
-        scored=[],
+        ranking_queries=[],
     )
     GPU.attend(query, world.rows, GPU.plan(batch, keys), world.cos_sin_cache, world.scale, out)
     assert not out[:real].isnan().any() and out[:real].any()

@@ -13,7 +13,7 @@ the unreduced model numbers it. A text row has one virtual position, a live toke
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -300,11 +300,15 @@ class Score(NamedTuple):
 
 @dataclass
 class _Rows:
-    """The language model's input: hidden [rows, C], virtual positions and image (None: text) of each row."""
+    """The language model's input: hidden [rows, C], virtual positions and image (None: text) of each row.
+
+    ranked_by: per image the virtual position whose attention FastV goes by.
+    """
 
     hidden: Tensor
     positions: list[list[int]]
     image_of: list[int | None]
+    ranked_by: list[int]
 
 
 class Reference:
@@ -355,6 +359,9 @@ class Reference:
             )
         if not 0 <= self.fastv_ratio < 1:
             raise ValueError(f"fastv_ratio is {self.fastv_ratio}, not in [0, 1).")
+        turns = hybrid.get("fastv_rank", "prompt_end") == "turn_end"
+        # Without a header every image is ranked by the prompt's last position.
+        self.header = list(hybrid["assistant_header"]) if turns and self.fastv_ratio else None
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
@@ -459,6 +466,7 @@ class Reference:
         hidden: list[Tensor] = []
         positions: list[list[int]] = []
         image_of: list[int | None] = []
+        ranked_by: list[int] = []
         position, image = 0, 0
         while position < len(prompt_ids):
             if prompt_ids[position] != placeholder:
@@ -476,7 +484,18 @@ class Reference:
                 image_of.append(image)
             position += self.patches
             image += 1
-        return _Rows(torch.stack(hidden), positions, image_of)
+            ranked_by.append(self._ranked_by(list(prompt_ids), position))
+        return _Rows(torch.stack(hidden), positions, image_of, ranked_by)
+
+    def _ranked_by(self, prompt_ids: list[int], behind: int) -> int:
+        """The position that ranks an image which ends before position `behind`: the last one of the first
+        assistant header from there on, or of the prompt.
+        """
+        if self.header is not None:
+            for end in range(behind + len(self.header), len(prompt_ids) + 1):
+                if prompt_ids[end - len(self.header) : end] == self.header:
+                    return end - 1
+        return len(prompt_ids) - 1
 
     # ---- language model -------------------------------------------------------------------------
 
@@ -505,12 +524,9 @@ class Reference:
             hidden = rows.hidden + self._linear(out, f"{name}.self_attn.o_proj")
             x = self._rms_norm(hidden, f"{name}.post_attention_layernorm", eps)
             gated = act(self._linear(x, f"{name}.mlp.gate_proj")) * self._linear(x, f"{name}.mlp.up_proj")
-            rows = _Rows(hidden + self._linear(gated, f"{name}.mlp.down_proj"), rows.positions, rows.image_of)
+            rows = replace(rows, hidden=hidden + self._linear(gated, f"{name}.mlp.down_proj"))
             if self.fastv_layer is not None and layer == self.fastv_layer - 1:
-                importance = importance_by_head(q, k, rows.positions, last_prompt_position, self.theta).mean(
-                    dim=0
-                )
-                rows, choices = self._prune(rows, importance)
+                rows, choices = self._prune(rows, self._importance(q, k, rows))
         hidden = self._rms_norm(rows.hidden, "decoder.norm", eps)
         wanted = [self._row_at(rows, last_prompt_position + i) for i in range(1 + len(generated_ids))]
         return self._lm_head(hidden[wanted]), choices
@@ -522,11 +538,27 @@ class Reference:
         embedding = self.weights["decoder.embed_tokens.weight"]
         hidden = [prompt.hidden] + [embedding[token][None] for token in generated_ids]
         positions = prompt.positions + [[last_prompt_position + 1 + i] for i in range(len(generated_ids))]
-        return _Rows(torch.cat(hidden), positions, prompt.image_of + [None] * len(generated_ids))
+        image_of = prompt.image_of + [None] * len(generated_ids)
+        return _Rows(torch.cat(hidden), positions, image_of, prompt.ranked_by)
+
+    def _importance(self, q: Tensor, k: Tensor, rows: _Rows) -> Tensor:
+        """What the position that ranks its image gives each image row, the mean over heads; zero for text.
+
+        q, k: as for `vtu_attention`. Returns [rows].
+        """
+        importance = torch.zeros(len(rows.positions), dtype=q.dtype, device=q.device)
+        for position in set(rows.ranked_by):
+            own = [
+                row
+                for row, image in enumerate(rows.image_of)
+                if image is not None and rows.ranked_by[image] == position
+            ]
+            importance[own] = importance_by_head(q, k, rows.positions, position, self.theta).mean(dim=0)[own]
+        return importance
 
     def _prune(self, rows: _Rows, importance: Tensor) -> tuple[_Rows, list[Choice]]:
-        """Drop the unimportant live tokens of every image. importance: [rows], attention of the last prompt
-        position.
+        """Drop the unimportant live tokens of every image. importance: [rows], attention of the position that
+        ranks each row's image.
         """
         images = max((image for image in rows.image_of if image is not None), default=-1) + 1
         choices, dropped = [], set()
@@ -537,7 +569,8 @@ class Reference:
             dropped |= set(own) - {own[i] for i in kept}
         stay = [row for row in range(len(rows.positions)) if row not in dropped]
         positions = [rows.positions[row] for row in stay]
-        return _Rows(rows.hidden[stay], positions, [rows.image_of[row] for row in stay]), choices
+        image_of = [rows.image_of[row] for row in stay]
+        return _Rows(rows.hidden[stay], positions, image_of, rows.ranked_by), choices
 
     def _row_at(self, rows: _Rows, position: int) -> int:
         for row, own in enumerate(rows.positions):

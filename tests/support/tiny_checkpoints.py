@@ -391,6 +391,11 @@ def prompt(question: str, images: int = 1) -> str:
     return "USER: " + "<image>\n" * images + question + " ASSISTANT:"
 
 
+def conversation(turns: Sequence[tuple[int, str]], answer: str) -> str:
+    """A LLaVA-1.5 prompt of several turns, images and question each; all but the last one got that answer."""
+    return f" {answer}</s>".join(prompt(question, images) for images, question in turns)
+
+
 def pick_thresholds(
     checkpoint: str | Path, images: Sequence[Image.Image], shares: Sequence[float]
 ) -> list[float]:

@@ -17,8 +17,10 @@ from tests.support.attention_world import (
     Ops,
     World,
     check_attention,
+    check_importance,
     check_kept_rows,
     check_later_steps,
+    conversations,
     kept_images,
     random_rows,
     rotated_queries,
@@ -56,6 +58,21 @@ def world(request: pytest.FixtureRequest, seed: int) -> World:
 
 def test_live_rows_attend_like_the_definition(world: World, ops: Ops, seed: int) -> None:
     check_attention(world, row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images), ops)
+
+
+def test_last_rows_rank_like_the_definition(world: World, ops: Ops, seed: int) -> None:
+    check_importance(world, world.ranked_by_last_rows(), ops)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_on_the_way_rank_like_the_definition(shape: str, ops: Ops, seed: int) -> None:
+    several = conversations(SHAPES[shape])
+    for _ in range(3):
+        check_importance(several, several.ranked_on_the_way(), ops)
+
+
+def test_nothing_is_ranked_without_a_ranking_query(world: World, ops: Ops, seed: int) -> None:
+    check_importance(world, [], ops)
 
 
 def test_kept_rows_attend_like_the_definition(world: World, ops: Ops, seed: int) -> None:
@@ -152,9 +169,7 @@ def test_bfloat16_decodes_and_importances_equal_those_of_the_same_numbers_in_flo
     order = torch.arange(requests)
     step = row_plan.plan_text_rows(requests)
     starts_of = list(range(requests + 1))
-    batch = TierBatch(
-        step, world.positions[last], starts_of, torch.tensor(starts_of).int(), order, order.tolist()
-    )
+    batch = TierBatch(step, world.positions[last], starts_of, torch.tensor(starts_of).int(), order, [])
     given = interface.rotate(query[plan.row_of[last]], world.cos_sin_cache[world.positions[last]]).bfloat16()
     found = []
     for dtype in (torch.bfloat16, torch.float32):

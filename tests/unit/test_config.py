@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from vllm_hybrid.config import KNOWN_KEYS, HybridConfig
+from vllm_hybrid.config import DEFAULT_FASTV_RANK, KNOWN_KEYS, HybridConfig
 from vllm_hybrid.method.fastv import live_to_kept
 
 VISION_LAYERS, DECODER_LAYERS = 3, 8
@@ -56,6 +56,22 @@ def test_defaults() -> None:
 def test_thresholds_outside_the_cosines() -> None:
     """Below -1 everything merges, above 1 nothing does; both are thresholds."""
     assert parse({"thresholds": [-2, 1.5, -math.inf]}).thresholds == (-2.0, 1.5, -math.inf)
+
+
+def test_ranking() -> None:
+    assert (parse(None).fastv_rank, parse(None).assistant_header) == (DEFAULT_FASTV_RANK, ())
+    by_end = {"fastv_ratio": 0.5, "fastv_rank": "prompt_end", "assistant_header": [319, 0]}
+    config = parse(by_end)
+    assert (config.fastv_rank, config.assistant_header) == ("prompt_end", (319, 0))
+    assert config.ranking_header == ()
+    config = parse(by_end | {"fastv_rank": "turn_end"})
+    assert config.fastv_rank == "turn_end" and config.ranking_header == (319, 0)
+
+
+def test_ranks_that_nothing_is_ranked_by_need_no_header() -> None:
+    for section in ({"fastv_rank": "turn_end"}, {"fastv_rank": "turn_end", "fastv_ratio": 0}):
+        assert not parse(section).active and parse(section).ranking_header == ()
+    assert parse({"fastv_ratio": 0.5, "fastv_rank": "prompt_end", "assistant_header": None}).prunes
 
 
 def test_as_read_from_json() -> None:
@@ -133,6 +149,24 @@ def test_configurations_compare_and_hash() -> None:
         ({"fastv_ratio": False}, ["hybrid.fastv_ratio is False"]),
         ({"fastv_ratio": None}, ["hybrid.fastv_ratio is None"]),
         ({"fastv_ratio": 10**400}, ["hybrid.fastv_ratio is 1000"]),
+        ({"fastv_rank": "turn"}, ["hybrid.fastv_rank is 'turn'", "prompt_end, turn_end"]),
+        ({"fastv_rank": None}, ["hybrid.fastv_rank is None"]),
+        ({"fastv_rank": ["turn_end"]}, ["hybrid.fastv_rank is ['turn_end']"]),
+        ({"assistant_header": []}, ["hybrid.assistant_header is []", "null"]),
+        ({"assistant_header": "ASSISTANT:"}, ["hybrid.assistant_header is 'ASSISTANT:'"]),
+        ({"assistant_header": 319}, ["hybrid.assistant_header is 319"]),
+        ({"assistant_header": [319, True]}, ["hybrid.assistant_header[1] is True"]),
+        ({"assistant_header": [-1]}, ["hybrid.assistant_header[0] is -1"]),
+        ({"assistant_header": [319.0]}, ["hybrid.assistant_header[0] is 319.0"]),
+        ({"assistant_header": [319, None]}, ["hybrid.assistant_header[1] is None"]),
+        (
+            {"fastv_ratio": 0.5, "fastv_rank": "turn_end"},
+            ["hybrid.fastv_rank is 'turn_end'", "hybrid.assistant_header", "prepare", "'prompt_end'"],
+        ),
+        (
+            {"fastv_ratio": 0.5, "fastv_rank": "turn_end", "assistant_header": None},
+            ["hybrid.assistant_header is missing"],
+        ),
     ],
 )
 def test_refusals_name_key_and_value(section: object, words: list[str]) -> None:

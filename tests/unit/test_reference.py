@@ -395,6 +395,28 @@ def test_importance_is_transformers_attention(checkpoint: Path, images: dict[str
     torch.testing.assert_close(choice.importance, attention[places], atol=1e-6, rtol=0)
 
 
+@torch.no_grad()
+def test_importance_at_the_end_of_a_turn_is_transformers_attention(
+    checkpoint: Path, images: dict[str, Image.Image]
+) -> None:
+    """A header behind each image, in the prompt's middle and at its end, and none behind the last one."""
+    text = "<image> What? ASSISTANT: ASSISTANT: A dog. <image> And here? ASSISTANT: A cat. <image>"
+    header = Reference(checkpoint).tokenizer("ASSISTANT:")["input_ids"][1:]
+    hybrid = {"fastv_layer": 3, "fastv_ratio": 0.5, "fastv_rank": "turn_end", "assistant_header": header}
+    pictures = [images["text"], images["half"], images["shapes"]]
+    inputs = AutoProcessor.from_pretrained(checkpoint)(images=pictures, text=text, return_tensors="pt")
+    attentions = _transformers_model(checkpoint)(**inputs, output_attentions=True).attentions[2][0].mean(0)
+    reference = Reference(checkpoint, hybrid)
+    ids = reference.prompt_ids(text)
+    (places,) = (inputs["input_ids"][0] == reference.config.image_token_index).nonzero(as_tuple=True)
+    ends = [at for at in range(len(ids)) if ids[at + 1 - len(header) : at + 1] == header]
+    choices = reference.choices(ids, pictures)
+    for own, asking, choice in zip(
+        places.split(PATCHES), (ends[0], ends[2], len(ids) - 1), choices, strict=True
+    ):
+        torch.testing.assert_close(choice.importance, attentions[asking, own], atol=1e-6, rtol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(("layer", "ratio"), [(1, 0.5), (2, 0.75), (7, 0.9), (3, 0.002), (4, 0.0)])

@@ -22,11 +22,13 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.support.configurations import MERGES, PRUNES, configure
 from tests.support.engines import STOCK, checkpoint
 from tests.support.tiny_checkpoints import write_checkpoint
+from vllm_hybrid.config import HybridConfig
 from vllm_hybrid.startup import overrides, settings
 from vllm_hybrid.startup.settings import (
     DEFAULT_BLOCK_SIZE,
     FLASHINFER_SAMPLER,
     HybridSettings,
+    describe,
     hybrid_config,
     sample_without_flashinfer,
 )
@@ -190,6 +192,14 @@ def test_an_override_changes_the_keys_that_it_names(levels: Path, override: Any,
         assert {name: getattr(hybrid, name) for name in wanted} == wanted
         assert hybrid.merges == (merges and override is not None)
         assert (config.scheduler_config.scheduler_cls is None) == (override is None)
+
+
+def test_the_line_at_start_names_what_ranks_where_something_is_pruned() -> None:
+    by_end = HybridConfig(fastv_ratio=0.5, fastv_rank="prompt_end")
+    assert describe(by_end).endswith("ranked by the prompt's last position.")
+    by_turn = dataclasses.replace(by_end, fastv_rank="turn_end", assistant_header=(319,))
+    assert describe(by_turn).endswith("ranked by the end of the first assistant header behind it.")
+    assert "ranked" not in describe(dataclasses.replace(by_turn, fastv_ratio=0.0))
 
 
 def test_an_override_key_by_key_as_vllm_takes_it(levels: Path) -> None:

@@ -10,8 +10,9 @@ read once however many positions it stands at. The loops that torch has no opera
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ import torch
 import torch.nn.functional as F
 
 from vllm_hybrid.attention.cpu_build import compile_extension
-from vllm_hybrid.attention.interface import AttentionOps, AttentionPlan, TierBatch, VirtualKeys
+from vllm_hybrid.attention.interface import (
+    AttentionOps,
+    AttentionPlan,
+    RankingQuery,
+    TierBatch,
+    VirtualKeys,
+)
 from vllm_hybrid.method.token_merging import PackedTokens
 
 _NAMES = ("cpu_attention.cpp", "cpu_bf16.cpp", "cpu_bf16_decode.cpp")
@@ -181,23 +188,12 @@ class CpuAttention(AttentionOps[VirtualKeys, CpuPlan]):
     ) -> torch.Tensor:
         batch, keys = plan.batch, plan.key_index
         importance = torch.zeros(query.shape[0])
-        if not batch.scored:
-            return importance
-        last = torch.tensor([batch.query_start_loc_cpu[r + 1] - 1 for r in batch.scored])
-        rows = batch.row_plan.row_of[last]
-        image = batch.row_plan.image[rows] >= 0
-        queries = query.new_empty(rows.shape[0], *query.shape[1:])
-        extension().expand(query, rows, batch.positions[last], image, cos_sin_cache, 0, True, queries)
-        received = torch.zeros(keys.kv_row_index.shape[0])
-        order = torch.arange(rows.shape[0])
-        requests = torch.tensor(batch.scored)
-        _decode(
-            queries, order, requests, kv_rows, keys, cos_sin_cache, scale, torch.empty_like(queries), received
-        )
-        for request in batch.scored:
-            first, end = batch.live_stretch(request)
-            stop = int(keys.row_ptr[request + 1])
-            importance[first:end] = received[stop - (end - first) : stop]
+        for asking in _rounds(batch.ranking_queries):
+            received = _received(asking, query, kv_rows, batch, keys, cos_sin_cache, scale)
+            for one in asking:
+                first, end = batch.live_rows(one.first_row, one.row + 1)
+                offset = _key_row_offset(batch, keys, one.request)
+                importance[first:end] = received[first + offset : end + offset]
         return importance
 
     def proportional_attention(
@@ -209,6 +205,57 @@ class CpuAttention(AttentionOps[VirtualKeys, CpuPlan]):
         starts = F.pad(tokens.lengths.cumsum(0), (1, 0))
         extension().bf16_weighed(query, key, value, starts, tokens.size.log(), scale, out)
         return out
+
+
+def _rounds(queries: list[RankingQuery]) -> list[list[RankingQuery]]:
+    """Ranking queries sorted by how many of their request come before, so that no two of one are together."""
+    rounds: list[list[RankingQuery]] = []
+    asked: Counter[int] = Counter()
+    for query in queries:
+        if asked[query.request] == len(rounds):
+            rounds.append([])
+        rounds[asked[query.request]].append(query)
+        asked[query.request] += 1
+    return rounds
+
+
+def _key_row_offset(batch: TierBatch, keys: VirtualKeys, request: int) -> int:
+    """What is added to a live row of a request, numbered in the step, to find its row of the virtual keys."""
+    return int(keys.row_ptr[request + 1]) - batch.live_stretch(request)[1]
+
+
+def _received(
+    asking: list[RankingQuery],
+    query: torch.Tensor,
+    kv_rows: torch.Tensor,
+    batch: TierBatch,
+    keys: VirtualKeys,
+    cos_sin_cache: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """What ranking queries of different requests give to the rows of the virtual keys, float32 [rows]."""
+    virtual = torch.tensor([one.row for one in asking])
+    rows = batch.row_plan.row_of[virtual]
+    image = batch.row_plan.image[rows] >= 0
+    queries = query.new_empty(rows.shape[0], *query.shape[1:])
+    extension().expand(query, rows, batch.positions[virtual], image, cos_sin_cache, 0, True, queries)
+    order = torch.arange(rows.shape[0])
+    stretches = [_seen_rows(one, batch, keys) for one in asking]
+    # The stretches need not touch, so each has two entries and every second place is a query's.
+    seen = replace(keys, row_ptr=torch.tensor(stretches).flatten())
+    received = torch.zeros(keys.kv_row_index.shape[0])
+    out = torch.empty_like(queries)
+    _decode(queries, order, 2 * order, kv_rows, seen, cos_sin_cache, scale, out, received)
+    return received
+
+
+def _seen_rows(query: RankingQuery, batch: TierBatch, keys: VirtualKeys) -> tuple[int, int]:
+    """The stretch of rows of the virtual keys that a ranking query sees.
+
+    No image lies on both sides of the query, so its keys are those of the live rows up to it.
+    """
+    _, end = batch.live_rows(query.first_row, query.row + 1)
+    return int(keys.row_ptr[query.request]), end + _key_row_offset(batch, keys, query.request)
 
 
 def _plan_prefill(

@@ -7,6 +7,7 @@ changes from one replay of a captured decode graph to the next is read on the de
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -27,13 +28,14 @@ class GpuPlan(AttentionPlan[KeyLists]):
     Attributes:
         decode_rows: int32 [requests], live row of each request that brings one virtual row, else -1.
         queries: virtual queries of the requests that bring several; None in a step of decodes alone.
-        scored: int32 [requests], 1 where the last query scores image tokens; None where none does.
+        ranking: int32 [ranking queries, 3], request, virtual row and first row of each; None where none
+            ranks.
 
     """
 
     decode_rows: torch.Tensor
     queries: QueryLists | None
-    scored: torch.Tensor | None
+    ranking: torch.Tensor | None
 
 
 class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
@@ -79,11 +81,11 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         queries = query_lists(
             batch.row_plan.row_of, batch.positions, batch.row_plan.image, batch.query_start_loc
         )
-        scored = None
-        if batch.scored:
-            scored = torch.zeros(requests, dtype=torch.int32, device=device)
-            scored.index_fill_(0, to_device(batch.scored, device), 1)
-        return GpuPlan(batch, key_index, decode_rows, queries, scored)
+        ranking = None
+        if batch.ranking_queries:
+            given = [(one.request, one.row, one.first_row) for one in batch.ranking_queries]
+            ranking = to_device(list(chain(*given)), device).int().view(-1, 3)
+        return GpuPlan(batch, key_index, decode_rows, queries, ranking)
 
     def attend(
         self,
@@ -110,5 +112,5 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         cos_sin_cache: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        assert plan.queries is not None and plan.scored is not None, "only a step with images scores"
-        return importance(query, kv_rows, plan.key_index, plan.queries, plan.scored, cos_sin_cache, scale)
+        assert plan.queries is not None and plan.ranking is not None, "only a step with images ranks"
+        return importance(query, kv_rows, plan.key_index, plan.queries, plan.ranking, cos_sin_cache, scale)

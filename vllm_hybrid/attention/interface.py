@@ -42,6 +42,22 @@ class VirtualKeys(KeyIndex):
     member_pos: torch.Tensor
 
 
+@dataclass(frozen=True)
+class RankingQuery:
+    """A query whose attention ranks image tokens (FastV).
+
+    Attributes:
+        request: the request it belongs to.
+        row: virtual row of the query; it sees the keys at its own and earlier positions.
+        first_row: what it ranks are the image tokens at virtual rows ``first_row .. row``, whole images all.
+
+    """
+
+    request: int
+    row: int
+    first_row: int
+
+
 @dataclass
 class TierBatch:
     """What one tier's attention needs to know about the rows of a step.
@@ -52,7 +68,7 @@ class TierBatch:
         query_start_loc_cpu: entries r and r + 1 bound the virtual rows of request r.
         query_start_loc: int32 [requests + 1], the same where the rows are.
         kv_row_index: int64 [R], KV row each live row's keys and values are written to.
-        scored: requests whose last query scores their image tokens in this step (FastV).
+        ranking_queries: the queries that rank the step's image tokens, rows ascending, stretches disjoint.
 
     """
 
@@ -61,11 +77,14 @@ class TierBatch:
     query_start_loc_cpu: list[int]
     query_start_loc: torch.Tensor
     kv_row_index: torch.Tensor
-    scored: list[int]
+    ranking_queries: list[RankingQuery]
 
     def live_stretch(self, request: int) -> tuple[int, int]:
         """First and one past the last live row of a request in this step; they are consecutive."""
-        begin, end = self.query_start_loc_cpu[request], self.query_start_loc_cpu[request + 1]
+        return self.live_rows(self.query_start_loc_cpu[request], self.query_start_loc_cpu[request + 1])
+
+    def live_rows(self, begin: int, end: int) -> tuple[int, int]:
+        """First and one past the last live row among the virtual rows ``begin .. end - 1``."""
         rows = self.row_plan.rows
         first, last = torch.searchsorted(rows, torch.tensor([begin, end], device=rows.device)).tolist()
         return first, last
@@ -180,18 +199,18 @@ class AttentionOps(ABC, Generic[KeyIndexT, PlanT]):
         cos_sin_cache: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """What the last query of each scored request gives to the live rows of the step (FastV, section 3.2).
+        """What the ranking queries give to the live rows that they rank (FastV, section 3.2).
 
         Args:
             query: [R, heads, head_size], text rows rotated, image rows not.
             kv_rows: rows of :func:`as_kv_rows`, this step's keys and values written.
-            plan: the step's; its batch names the scored requests.
+            plan: the lower tier's, which has a key for every position; its batch names the ranking queries.
             cos_sin_cache: float32 [positions, head_size].
             scale: factor on the scores.
 
         Returns:
-            float32 [R]: attention summed over the given heads and each row's member positions; zero for rows
-            of other requests.
+            float32 [R]: for a live row that is taken from a virtual row of a query's stretch that query's
+            attention, summed over the given heads and the row's member positions; zero elsewhere.
 
         """
 

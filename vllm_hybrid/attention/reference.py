@@ -62,14 +62,18 @@ class ReferenceAttention(AttentionOps[VirtualKeys, AttentionPlan[VirtualKeys]]):
     ) -> torch.Tensor:
         batch, keys = plan.batch, plan.key_index
         importance = torch.zeros(query.shape[0])
-        for request in batch.scored:
+        for asking in batch.ranking_queries:
+            request = asking.request
             _, position, copies = _virtual_queries(query, batch, request, cos_sin_cache)
             row, key_position, key, _ = _virtual_keys(kv_rows, keys, request, cos_sin_cache)
-            weight = _softmax(copies[-1:], key, key_position <= position[-1:, None], scale)[:, 0].sum(0)
+            # Every row stands in the lower tier, so the copies follow the virtual rows.
+            at = asking.row - batch.query_start_loc_cpu[request]
+            weight = _softmax(copies[at, None], key, key_position <= position[at], scale)[:, 0].sum(0)
             received = torch.zeros(int(keys.row_ptr[-1])).index_add_(0, row, weight)
-            first, last = batch.live_stretch(request)
-            end = int(keys.row_ptr[request + 1])
-            importance[first:last] = received[end - (last - first) : end]
+            first, last = batch.live_rows(asking.first_row, asking.row + 1)
+            # A step's live rows are the last of their request's rows in the pages.
+            offset = int(keys.row_ptr[request + 1]) - batch.live_stretch(request)[1]
+            importance[first:last] = received[first + offset : last + offset]
         return importance
 
 

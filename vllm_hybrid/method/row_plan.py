@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_hybrid.method.ranking import header_end_rows
+
 
 def true_places(mask: torch.Tensor, count: int) -> torch.Tensor:
     """Where a mask is true, without the wait for the device that ``nonzero`` takes.
@@ -43,6 +45,8 @@ class StepImages:
         owner: int64 [images, patches], the live token (0 .. n-1) that holds each patch.
         first_rows: ``first_row`` on the host.
         counts: live tokens of each image, on the host: what every shape of the step follows from.
+        header_ends: virtual row at which the first assistant header behind each image ends, on the host, see
+            :func:`vllm_hybrid.method.ranking.header_end_rows`; None where no header was looked for.
 
     """
 
@@ -50,12 +54,28 @@ class StepImages:
     owner: torch.Tensor
     first_rows: list[int]
     counts: list[int]
+    header_ends: list[int] | None = None
 
     @classmethod
-    def of(cls, first_rows: list[int], owner: torch.Tensor) -> StepImages:
-        """Images at known rows; reads their live counts from the device, the step's one round trip."""
-        counts = (owner.amax(dim=1) + 1).tolist() if first_rows else []
-        return cls(to_device(first_rows, owner.device), owner, first_rows, counts)
+    def of(
+        cls, first_rows: list[int], owner: torch.Tensor, token_ids: torch.Tensor, header: Sequence[int] = ()
+    ) -> StepImages:
+        """Images at known rows; reads what only the device knows of them in the step's one round trip.
+
+        Args:
+            first_rows: virtual row of each image's patch 0.
+            owner: int64 [images, patches], the live token that holds each patch.
+            token_ids: int [N], of the virtual rows.
+            header: token ids of the assistant header to look for; empty for none.
+
+        """
+        first_row = to_device(first_rows, owner.device)
+        unread = [owner.amax(dim=1) + 1]
+        if header:
+            image_ends = first_row + owner.shape[1]
+            unread.append(header_end_rows(token_ids, image_ends, to_device(header, owner.device)))
+        counts, *header_ends = torch.stack(unread).tolist()
+        return cls(first_row, owner, first_rows, counts, *header_ends)
 
     @property
     def patch_rows(self) -> torch.Tensor:

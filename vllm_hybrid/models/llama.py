@@ -114,7 +114,7 @@ class HybridLlamaAttention(LlamaAttention):
         return self.attend(positions, hidden_states)[0]
 
 
-class ScoringDecoderLayer(LlamaDecoderLayer):
+class RankingDecoderLayer(LlamaDecoderLayer):
     """The layer before FastV's choice, which also hands out the queries it asked with."""
 
     def forward(
@@ -158,11 +158,11 @@ class WholeStack(_Stack):
 
 @support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0})
 class LowerStack(_Stack):
-    """The layers before FastV's choice; the last one's queries score the image tokens."""
+    """The layers before FastV's choice; the last one's queries rank the image tokens."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[nn.Module]) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layers=layers[:-1])
-        self.scoring_layer = layers[-1]
+        self.ranking_layer = layers[-1]
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor
@@ -170,7 +170,7 @@ class LowerStack(_Stack):
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
-        return self.scoring_layer(positions, hidden_states, residual)
+        return self.ranking_layer(positions, hidden_states, residual)
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0, "residual": 0})
@@ -219,9 +219,9 @@ class HybridLlamaModel(nn.Module):
         )
         attention = _attention_type(hybrid)
         split = lower_layers(config, hybrid)
-        scoring = split - 1 if hybrid.prunes else None
+        ranking = split - 1 if hybrid.prunes else None
         self.layers = nn.ModuleList(
-            (ScoringDecoderLayer if i == scoring else LlamaDecoderLayer)(
+            (RankingDecoderLayer if i == ranking else LlamaDecoderLayer)(
                 vllm_config=vllm_config,
                 prefix=f"{prefix}.layers.{i}",
                 config=config,
@@ -251,6 +251,11 @@ class HybridLlamaModel(nn.Module):
         None where the attention raises instead of reporting, and before the first step.
         """
         return self._foreign if self.attention_ops.flags_foreign_pages else None
+
+    def copy_page_facts(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy page facts from block to block, in all tiers: which tier a block serves is not asked."""
+        for pages in self._pages:
+            pages.copy_facts(copies)
 
     def _set_up(self, device: torch.device) -> None:
         """Make what every step reads or writes: the cos-sin cache, page facts, flags."""
@@ -328,7 +333,7 @@ class HybridLlamaModel(nn.Module):
         )
 
     def _importance(self, query: torch.Tensor, plan: AttentionPlan[KeyIndex] | None) -> torch.Tensor:
-        """What the last queries of layer K - 1 give to the live rows, float32 [R] (FastV, section 3.2).
+        """What the ranking queries of layer K - 1 give to the live rows, float32 [R] (FastV, section 3.2).
 
         Args:
             query: [rows, heads * head_size] of that layer, rotated; rows behind the plan's only fill up.

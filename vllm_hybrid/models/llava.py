@@ -141,6 +141,11 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         """Whose pages held another request's data in the last step; see :class:`HybridLlamaModel`."""
         return self.language_model.model.foreign_pages() if self.hybrid.active else None
 
+    def copy_page_facts(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy page facts from block to block, of all tiers; see :meth:`TierPages.copy_facts`."""
+        if self.hybrid.active:
+            self.language_model.model.copy_page_facts(copies)
+
     def watch_choices(self, watcher: Callable[[StepImages, RowPlan, RowPlan], None]) -> None:
         """Have every step with images shown to a watcher: its images, its live rows, its kept rows."""
         if self.hybrid.active:
@@ -170,7 +175,7 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         features, owner = encoder_output.decode(multimodal_embeddings)
         # Both runners hand the mask over on the host, so finding the images asks the device nothing.
         first_rows = is_multimodal.nonzero()[:, 0].view(-1, self.patches)[:, 0].tolist()
-        self._images = StepImages.of(first_rows, owner)
+        self._images = StepImages.of(first_rows, owner, input_ids, self.hybrid.ranking_header)
         return super().embed_input_ids(input_ids, features, is_multimodal=is_multimodal)
 
     def forward(

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_hybrid.attention.interface import AttentionPlan, KeyIndex, TierBatch, as_kv_rows, kv_row_index
+from vllm_hybrid.attention.interface import (
+    AttentionPlan,
+    KeyIndex,
+    RankingQuery,
+    TierBatch,
+    as_kv_rows,
+    kv_row_index,
+)
 from vllm_hybrid.attention.select import AnyAttentionOps
 from vllm_hybrid.kv.page_facts import START, new_page_facts, plan_facts
 from vllm_hybrid.method.fastv import live_to_kept, select_tokens
@@ -84,6 +92,19 @@ class TierPages:
         else:
             rows.index_copy_(0, places, facts)
 
+    @torch.inference_mode()
+    def copy_facts(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy the facts of whole blocks.
+
+        Args:
+            copies: numbers of the blocks that are read and of those that are written. All are read first.
+
+        """
+        assert self.facts is not None, "no block was ever written"
+        blocks = [block for pair in copies for block in pair]
+        source, target = to_device(blocks, self.facts.device).view(-1, 2).T
+        self.facts.index_copy_(0, target, self.facts[source])
+
     def kv_row_index(self, slots: torch.Tensor) -> torch.Tensor:
         """KV rows, int64 [R], of slots (int64 [R]); 0 where there is none."""
         return kv_row_index(slots.clamp(min=0), self.block_size, self.kv_rows_per_block)
@@ -97,7 +118,7 @@ class Step:
         positions: int64 [N], virtual position of each virtual row.
         query_start_loc_cpu: entries r and r + 1 bound the virtual rows of request r.
         images: the images whose patches are in the step, None where there are none.
-        prunes: whether image tokens are scored and dropped after the lower tier.
+        prunes: whether image tokens are ranked and dropped after the lower tier.
 
     """
 
@@ -113,21 +134,30 @@ class Step:
         return plan_live_rows(self.query_start_loc_cpu[-1], self.images)
 
     @cached_property
-    def scored_requests(self) -> list[int]:
-        """Requests whose last query scores image tokens: those with an image in the step.
+    def ranking_queries(self) -> list[RankingQuery]:
+        """The queries that rank the step's images; each ranks the images behind the one before it.
 
-        The scheduler ends such a step at the prompt's last position.
+        An image's ranking row is the end of the first assistant header behind it, or else the last row of its
+        request: the scheduler ends a step there, at the prompt's last position, where no header follows. A
+        header behind the last row is another request's.
         """
         if self.images is None or not self.prunes:
             return []
-        return sorted({bisect_right(self.query_start_loc_cpu, row) - 1 for row in self.images.first_rows})
+        starts, first_rows = self.query_start_loc_cpu, self.images.first_rows
+        header_ends = self.images.header_ends or [starts[-1]] * len(first_rows)
+        queries: dict[int, RankingQuery] = {}
+        for first_row, header_end in zip(first_rows, header_ends, strict=True):
+            request = bisect_right(starts, first_row) - 1
+            row = min(header_end, starts[request + 1] - 1)
+            queries.setdefault(row, RankingQuery(request, row, first_row))
+        return list(queries.values())
 
     def upper_rows(self, lower: RowPlan, importance: torch.Tensor, ratio: float, heads: int) -> RowPlan:
         """The rows FastV keeps, in a step with images.
 
         Args:
             lower: the live rows.
-            importance: float32 [R of lower], what the last query gives each row, summed over the heads at
+            importance: float32 [R of lower], what its ranking query gives each row, summed over the heads at
                 hand.
             ratio: share of each image's live tokens to drop, R.
             heads: attention heads over all ranks.
@@ -136,9 +166,9 @@ class Step:
         images = self.images
         assert images is not None
         mean = sum_over_ranks(importance) / heads
-        # A prompt may end in an image; the row that answers for its last position has to live on.
-        last = [self.query_start_loc_cpu[r + 1] - 1 for r in self.scored_requests]
-        mean.index_fill_(0, lower.row_of[to_device(last, mean.device)], float("inf"))
+        # A prompt may end in an image, which its last position ranks: the row that answers for it lives on.
+        ranking = to_device([query.row for query in self.ranking_queries], mean.device)
+        mean.index_fill_(0, lower.row_of[ranking], float("inf"))
         is_image = lower.image >= 0
         image_rows = true_places(is_image, sum(images.counts))
         selected = select_tokens(mean[image_rows], images.live_counts, ratio)
@@ -165,7 +195,7 @@ class Step:
             query_start_loc_cpu=self.query_start_loc_cpu,
             query_start_loc=common.query_start_loc[: requests + 1],
             kv_row_index=kv_row_index,
-            scored=self.scored_requests,
+            ranking_queries=self.ranking_queries,
         )
 
 

@@ -20,7 +20,7 @@ from vllm.platforms import current_platform
 
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE, check_format, check_shape, merging_layers, read_config
 from vllm_hybrid.checkpoint.weights import check_weights
-from vllm_hybrid.config import HybridConfig
+from vllm_hybrid.config import PROMPT_END, TURN_END, HybridConfig
 from vllm_hybrid.startup import overrides
 
 # vLLM shows what its own loggers and those below them say.
@@ -37,6 +37,10 @@ WORKERS = {
 # Ways of loading that read safetensors files where there are any.
 CHECKED_FORMATS = ("auto", "hf", "safetensors")
 GRAPH_MODES = ("default", "NONE", "FULL_DECODE_ONLY")
+RANKED_BY = {
+    PROMPT_END: "the prompt's last position",
+    TURN_END: "the end of the first assistant header behind it",
+}
 
 
 def num_patches(hf_config: PretrainedConfig) -> int:
@@ -151,7 +155,8 @@ def describe(hybrid: HybridConfig, overridden: Sequence[str] = ()) -> str:
         parts.append(f"merging in the vision tower{level}, virtual unmerging")
     if hybrid.prunes:
         parts.append(
-            f"FastV pruning after layer {hybrid.fastv_layer} of {hybrid.fastv_ratio:g} of an image's tokens"
+            f"FastV pruning after layer {hybrid.fastv_layer} of {hybrid.fastv_ratio:g} of an image's tokens, "
+            f"ranked by {RANKED_BY[hybrid.fastv_rank]}"
         )
     changes = f" Overridden: {'; '.join(overridden)}." if overridden else ""
     return f"{', '.join(parts)}.{changes}"

@@ -12,7 +12,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,8 @@ class GivenReference(NotingReference):
                 seen[image] += 1
         positions = [rows.positions[row] for row in stay]
         image_of = [rows.image_of[row] for row in stay]
-        return type(rows)(rows.hidden[stay], positions, image_of), self.wanted
+        pruned = replace(rows, hidden=rows.hidden[stay], positions=positions, image_of=image_of)
+        return pruned, self.wanted
 
 
 def other_sets(owner: torch.Tensor, members: Sequence[Sequence[int]]) -> int:

@@ -36,7 +36,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def results(scene: Scene) -> dict[str, torch.Tensor]:
-    """What the kernels make of a scene: ``attend`` and, where the step scores, ``importance``."""
+    """What the kernels make of a scene: ``attend`` and, where the step ranks, ``importance``."""
     from vllm_hybrid.attention.gpu import GpuAttention
 
     return scene.results(GpuAttention(), torch.empty_like(scene.query))
@@ -60,17 +60,17 @@ def kernel_calls(scene: Scene) -> dict[str, Call]:
     query, kv_rows, cos_sin_cache, scale = scene.query, scene.kv_rows, scene.cos_sin_cache, scene.scale
     out = torch.empty_like(query)
     calls: dict[str, Call] = {"key_index": lambda: build_key_index(*pages, keys)}
-    if plan.queries is None or plan.scored is None:
+    if plan.queries is None or plan.ranking is None:
         calls["decode"] = lambda: decode(query, plan.decode_rows, kv_rows, keys, cos_sin_cache, scale, out)
         return calls
-    queries, scored, skip = plan.queries, plan.scored, plan.decode_rows
+    queries, ranking, skip = plan.queries, plan.ranking, plan.decode_rows
     copies = query.new_empty(queries.row.shape[0], *query.shape[1:])
     rows = (batch.row_plan.row_of, batch.positions, batch.row_plan.image, batch.query_start_loc)
     return calls | {
         "queries": lambda: query_lists(*rows),
         "prefill": lambda: prefill(query, kv_rows, keys, queries, skip, cos_sin_cache, scale, copies),
         "segments": lambda: segment_mean(copies, queries.by_row, queries.row_start, out),
-        "importance": lambda: importance(query, kv_rows, keys, queries, scored, cos_sin_cache, scale),
+        "importance": lambda: importance(query, kv_rows, keys, queries, ranking, cos_sin_cache, scale),
     }
 
 

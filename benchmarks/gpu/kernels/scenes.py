@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from vllm_hybrid.attention.interface import AttentionOps, TierBatch, kv_row_index, make_cos_sin_cache
+from vllm_hybrid.attention.interface import (
+    AttentionOps,
+    RankingQuery,
+    TierBatch,
+    kv_row_index,
+    make_cos_sin_cache,
+)
 from vllm_hybrid.attention.reference import ReferenceAttention
 from vllm_hybrid.kv.page_facts import fact_words, new_page_facts, plan_facts
 from vllm_hybrid.method import row_plan
@@ -64,7 +70,7 @@ class Scene:
         positions: int64 [N].
         query_start_loc_cpu: a request's stretch of virtual rows, on the host.
         query_start_loc: int32 [requests + 1], the same as the device has it: padding stretches over nothing.
-        scored: requests whose last query scores.
+        ranking_queries: the last query of each request, over all its rows; none where nothing is ranked.
         facts: page facts of all requests, this step's rows included.
         block_table: int32 [requests, blocks].
         seq_lens: int32 [requests].
@@ -81,7 +87,7 @@ class Scene:
     positions: torch.Tensor
     query_start_loc_cpu: list[int]
     query_start_loc: torch.Tensor
-    scored: list[int]
+    ranking_queries: list[RankingQuery]
     facts: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
@@ -101,13 +107,13 @@ class Scene:
             query_start_loc_cpu=self.query_start_loc_cpu,
             query_start_loc=self.query_start_loc,
             kv_row_index=self.kv_row_index,
-            scored=self.scored,
+            ranking_queries=self.ranking_queries,
         )
 
     def results(
         self, ops: AttentionOps[Any, Any], out: torch.Tensor, padding: int = 0
     ) -> dict[str, torch.Tensor]:
-        """What an implementation makes of the step: ``attend`` and, where it scores, ``importance``.
+        """What an implementation makes of the step: ``attend`` and, where it ranks, ``importance``.
 
         Args:
             ops: the implementation.
@@ -123,7 +129,7 @@ class Scene:
         plan = ops.plan(batch, keys)
         ops.attend(self.query, self.kv_rows, plan, self.cos_sin_cache, self.scale, out)
         found = {"attend": out}
-        if batch.scored:
+        if batch.ranking_queries:
             found["importance"] = ops.importance(
                 self.query, self.kv_rows, plan, self.cos_sin_cache, self.scale
             )
@@ -225,7 +231,7 @@ def make_scene(
     width = (heads.kv_heads, 2 * heads.head_size)
     numbers = torch.randn(written.shape[0], *width, generator=draw)
     exponent = torch.arange(0, heads.head_size, 2) / heads.head_size
-    scored = list(range(requests)) if step_images is not None and shape.kept is None else []
+    ranks = step_images is not None and shape.kept is None
     scene = Scene(
         row_plan=plan,
         images=step_images,
@@ -234,7 +240,9 @@ def make_scene(
         query_start_loc=torch.tensor(query_start_loc_cpu, dtype=torch.int32).clamp(
             max=query_start_loc_cpu[-1] - shape.padding
         ),
-        scored=scored,
+        ranking_queries=[
+            RankingQuery(r, (r + 1) * prompt - 1, r * prompt) for r in range(requests if ranks else 0)
+        ],
         facts=facts,
         block_table=table,
         seq_lens=seq_lens,
@@ -264,7 +272,7 @@ def _kept_rows(plan: RowPlan, images: StepImages, kept: int, draw: torch.Generat
 
 
 def reference_results(scene: Scene) -> dict[str, torch.Tensor]:
-    """What attention and, where the step scores, the importance must be; float32 on the CPU.
+    """What attention and, where the step ranks, the importance must be; float32 on the CPU.
 
     Rows of padding are 0.
     """
