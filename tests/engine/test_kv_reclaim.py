@@ -116,6 +116,7 @@ def test_blocks_are_counted() -> None:
     """The running totals are the reference's counts."""
     served = serve(hybrid_section("both"))
     ask = Ask(prompt("What is here?"), (images(8)[5],))
+    assert served.scheduler.reset_prefix_cache()
     before = dict(served.scheduler.totals)
     served.generate([ask], 4)
     grown = {name: total - before.get(name, 0) for name, total in served.scheduler.totals.items()}

@@ -1,7 +1,7 @@
 """A scheduler and its block pool without a model, and what must hold of them after every step.
 
 Requests are made by hand and a pretended worker carries the steps out (see ``pretend_worker``). After every
-step the blocks that each request holds are compared with what the counts say it needs.
+step the blocks that each request holds are compared with what the counts in memory say it needs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -44,6 +44,8 @@ from vllm_hybrid.startup import settings
 LAYERS, PLACEHOLDER = 8, 7
 # Empty steps that are no waiting for ever: a step under way ends with the next one.
 PATIENCE = 4
+# The tokens that begin an answer in these prompts.
+HEADER = [3, 4]
 LIVE = {"blank": 1, "sky": 17, "cat": 90, "street": 311, "crowd": 575, "noise": PATCHES}
 init_none_hash(sha256)
 
@@ -58,6 +60,14 @@ class Prompt:
     def text(self, length: int, first: int = 100) -> Prompt:
         """This prompt and then so many tokens, numbered from ``first`` on."""
         return Prompt([*self.ids, *range(first, first + length)], self.images)
+
+    def header(self) -> Prompt:
+        """This prompt and then what begins an answer."""
+        return Prompt([*self.ids, *HEADER], self.images)
+
+    def answer(self, length: int) -> Prompt:
+        """This prompt and then the answer of so many tokens that the pretended worker gives to it."""
+        return Prompt([*self.ids, *range(len(self.ids), len(self.ids) + length)], self.images)
 
     def image(self, name: str) -> Prompt:
         """This prompt and then one of the images of ``LIVE``."""
@@ -97,6 +107,23 @@ def _positions() -> dict[str, int]:
 
 def _positions_of_an_image(*_: Any, **__: Any) -> dict[str, int]:
     return _positions()
+
+
+class StepUnderWay(NamedTuple):
+    """A step that the worker has carried out and the scheduler not yet processed.
+
+    Attributes:
+        output: what was scheduled.
+        stretches: each request's preemptions so far and the position it will have reached.
+        result: what the worker answers.
+        written: tier, writing and image of all images that the step wrote.
+
+    """
+
+    output: SchedulerOutput
+    stretches: dict[str, tuple[int, int]]
+    result: ModelRunnerOutput
+    written: list[tuple[int, int, str]]
 
 
 class Bench:
@@ -153,27 +180,37 @@ class Bench:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         live = LIVE if hybrid else dict.fromkeys(LIVE, PATCHES)
         ratio = hybrid.get("fastv_ratio", 0)
-        self.worker = PretendWorker(list(self.sizes.values()), num_blocks, PATCHES, ratio, live)
+        header = hybrid.get("assistant_header", ()) if hybrid.get("fastv_rank") == "turn_end" else ()
+        self.worker = PretendWorker(list(self.sizes.values()), num_blocks, PATCHES, ratio, live, header)
+        self.worker.reduces = bool(hybrid)
         self.worker.silent = set() if hybrid else set(LIVE)
-        # Steps under way: each request's preemptions so far and the position it will have reached.
-        self.in_flight: deque[tuple[SchedulerOutput, dict[str, tuple[int, int]], ModelRunnerOutput]] = deque()
+        self.in_flight: deque[StepUnderWay] = deque()
         self.requests: dict[str, Request] = {}
+        self.prompts: dict[str, Prompt] = {}
         # Steps on end that brought nothing, with requests there.
         self.empty_steps = 0
-        # What the scheduler knows: images whose counts it was told, holes (request, preemptions, image) that
-        # have to be free, requests that were counted, and its totals.
+        # What the scheduler knows: images whose counts it was told, writings of images (tier, writing) whose
+        # sizes it knows, holes (request, preemptions, image, tier) that have to be free, requests that were
+        # counted, and its totals.
         self.told: set[str] = set()
-        self.holes: set[tuple[str, int, int]] = set()
+        self.known: set[tuple[int, int]] = set()
+        self.holes: set[tuple[str, int, int, int]] = set()
         self.counted: set[str] = set()
         self.totals: Counter[str] = Counter()
+        # What vLLM counts of the prefix cache, in tokens.
+        self.lookups: Counter[str] = Counter()
         # Why requests ended, as their clients are told.
         self.reasons: dict[str, Any] = {}
 
     # Requests
 
-    def ask(self, prompt: Prompt, max_tokens: int = 8, priority: int = 0) -> str:
-        """Add a request; returns its name."""
+    def ask(self, prompt: Prompt, max_tokens: int = 8, priority: int = 0, **more: Any) -> str:
+        """Add a request, with more of a request's arguments; returns its name.
+
+        ``extra_args`` are those of its sampling parameters.
+        """
         name = f"request-{len(self.requests)}"
+        self.prompts[name] = prompt
         features = [
             MultiModalFeatureSpec(
                 data=None,
@@ -183,7 +220,8 @@ class Bench:
             )
             for start, image in prompt.images
         ]
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        extra = more.pop("extra_args", None)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
         params.update_from_generation_config({}, None)
         self.requests[name] = Request(
             request_id=name,
@@ -194,9 +232,16 @@ class Bench:
             priority=priority,
             arrival_time=float(len(self.requests)),
             block_hasher=get_request_block_hasher(self.hash_size, sha256),
+            **more,
         )
         self.scheduler.add_request(self.requests[name])
         return name
+
+    def answered(self, prompt: Prompt, max_tokens: int = 8, **more: Any) -> int:
+        """Have a prompt answered by itself; returns how many positions it found in the prefix cache."""
+        name = self.ask(prompt, max_tokens, **more)
+        self.finish()
+        return self.worker.hits[name]
 
     def abort(self, name: str) -> None:
         """Take a request back."""
@@ -228,9 +273,11 @@ class Bench:
             name: (self.requests[name].num_preemptions, self.requests[name].num_computed_tokens)
             for name in output.num_scheduled_tokens
         }
-        self.in_flight.append((output, stretches, self.worker.execute(output)))
+        result = self.worker.execute(output)
+        self.in_flight.append(StepUnderWay(output, stretches, result, self.worker.written))
+        self._note_shared_holes(output)
         if len(self.in_flight) > self.ahead:
-            self._process(*self.in_flight.popleft())
+            self._process(self.in_flight.popleft())
         self.audit()
         return output
 
@@ -253,34 +300,61 @@ class Bench:
             assert request.status is RequestStatus.FINISHED_ABORTED or end - begin == request.max_tokens
         self.check_rest()
 
-    def _process(
-        self, output: SchedulerOutput, stretches: dict[str, tuple[int, int]], result: ModelRunnerOutput
-    ) -> None:
-        self.told |= set(getattr(result, LIVE_COUNTS, {}))
-        for name, (epoch, end) in stretches.items():
+    def _process(self, step: StepUnderWay) -> None:
+        self.told |= set(getattr(step.result, LIVE_COUNTS, {}))
+        self.known |= {(tier, writing) for tier, writing, image in step.written if image in self.told}
+        holders = self._holders()
+        for name, (epoch, end) in step.stretches.items():
             # What an aborted request or one preempted since then computed is gone.
             if name in self.scheduler.requests and self.requests[name].num_preemptions == epoch:
-                self._note_holes(name, epoch, end)
-        for sent in self.scheduler.update_from_output(output, result).values():
+                self._note_holes(name, epoch, end, holders)
+        for sent in self.scheduler.update_from_output(step.output, step.result).values():
             self.reasons |= {out.request_id: out.finish_reason for out in sent.outputs if out.finished}
+            if sent.scheduler_stats is not None:
+                lookups = sent.scheduler_stats.prefix_cache_stats
+                self.lookups += Counter(queries=lookups.queries, hits=lookups.hits)
             failed = [out for out in sent.outputs if out.finish_reason is FinishReason.ERROR]
             self.totals["requests_with_foreign_pages"] += len(failed)
 
-    def _note_holes(self, name: str, epoch: int, end: int) -> None:
+    def _note_shared_holes(self, output: SchedulerOutput) -> None:
+        """What a request found in memory has no blocks in holes that are known already."""
+        for name in [*(new.req_id for new in output.scheduled_new_reqs), *self._resumed(output)]:
+            request = self.requests[name]
+            for number, feature in enumerate(request.mm_features):
+                begin = request.num_computed_tokens - output.num_scheduled_tokens[name]
+                if feature.mm_position.offset < begin:
+                    for tier in range(len(self.sizes)):
+                        writing, _ = self.worker.slots_of(name, tier, number)
+                        if (tier, writing) in self.known:
+                            self.holes.add((name, request.num_preemptions, number, tier))
+
+    def _resumed(self, output: SchedulerOutput) -> list[str]:
+        cached = output.scheduled_cached_reqs
+        return [name for name in cached.req_ids if name in cached.resumed_req_ids]
+
+    def _note_holes(self, name: str, epoch: int, end: int, holders: Counter[int]) -> None:
         """A request's positions up to ``end`` are computed: which holes have to be free from now on."""
         images = self.requests[name].mm_features
-        for i, feature in enumerate(images):
-            hole = (name, epoch, i)
-            if hole in self.holes or feature.mm_position.offset + PATCHES > end:
+        for number, feature in enumerate(images):
+            if feature.mm_position.offset + PATCHES > end:
                 continue
-            if feature.identifier in self.told:
-                self.holes.add(hole)
-                self.totals["blocks_given_back"] += sum(map(len, self._hole(feature)))
+            tiers = range(len(self.sizes))
+            if any((tier, self.worker.slots_of(name, tier, number)[0]) not in self.known for tier in tiers):
+                continue
+            for tier in tiers:
+                hole = (name, epoch, number, tier)
+                if hole not in self.holes:
+                    self.holes.add(hole)
+                    table = self.managers[tier].req_to_blocks[name]
+                    blocks = [table[n].block_id for n in self._hole(name, number, tier)]
+                    holders.subtract(blocks)
+                    self.totals["blocks_given_back"] += sum(holders[block] == 0 for block in blocks)
         if name in self.counted or not images:
             return
-        if all((name, epoch, i) in self.holes for i in range(len(images))):
+        holes = {(name, epoch, i, tier) for i in range(len(images)) for tier in range(len(self.sizes))}
+        if holes <= self.holes:
             self.counted.add(name)
-            live = [self.worker.live[feature.identifier] for feature in images]
+            live = [self.worker.slots_of(name, 0, number)[1] for number in range(len(images))]
             self.totals += Counter(
                 images=len(live),
                 patches=len(live) * PATCHES,
@@ -288,15 +362,14 @@ class Bench:
                 kept_tokens=sum(keep_count(n, self.worker.ratio) for n in live),
             )
 
-    def _hole(self, feature: MultiModalFeatureSpec) -> list[set[int]]:
-        """Numbers of the blocks of each tier that hold unused slots of an image and nothing else."""
-        start = feature.mm_position.offset
-        blocks = []
-        for size, used in zip(self.sizes.values(), self.worker.slots(feature.identifier), strict=True):
-            unused = set(range(start + used, start + PATCHES))
-            touched = {slot // size for slot in unused}
-            blocks.append({b for b in touched if unused >= set(range(b * size, b * size + size))})
-        return blocks
+    def _hole(self, name: str, image: int, tier: int) -> set[int]:
+        """Numbers of the blocks of a tier that hold unused slots of an image and nothing else."""
+        size = list(self.sizes.values())[tier]
+        start = self.requests[name].mm_features[image].mm_position.offset
+        _, used = self.worker.slots_of(name, tier, image)
+        unused = set(range(start + used, start + PATCHES))
+        touched = {slot // size for slot in unused}
+        return {b for b in touched if unused >= set(range(b * size, b * size + size))}
 
     # What has to hold after every step
 
@@ -309,30 +382,39 @@ class Bench:
         """Numbers of the blocks of each tier that a request has to hold."""
         request = self.requests[name]
         blocks = [set(range(-(-request.num_computed_tokens // size))) for size in self.sizes.values()]
-        for i, feature in enumerate(request.mm_features):
-            if (name, request.num_preemptions, i) in self.holes:
-                blocks = [mine - hole for mine, hole in zip(blocks, self._hole(feature), strict=True)]
+        for i in range(len(request.mm_features)):
+            for tier, mine in enumerate(blocks):
+                if (name, request.num_preemptions, i, tier) in self.holes:
+                    mine -= self._hole(name, i, tier)
         return blocks
+
+    def _holders(self) -> Counter[int]:
+        """How many requests hold each block."""
+        tables = [table for manager in self.managers for table in manager.req_to_blocks.values()]
+        return Counter(block.block_id for table in tables for block in table if not block.is_null)
 
     def audit(self) -> None:
         """Every request holds what it needs, every other block is free, everything is counted once."""
-        owners: Counter[int] = Counter()
-        for tier, manager in enumerate(self.managers):
-            own = Counter(b.block_id for t in manager.req_to_blocks.values() for b in t if not b.is_null)
-            assert not owners.keys() & own.keys(), f"tier {tier} holds blocks of another"
-            owners += own
+        owners = self._holders()
+        tiers = [
+            {b.block_id for t in manager.req_to_blocks.values() for b in t if not b.is_null}
+            for manager in self.managers
+        ]
+        assert sum(map(len, tiers)) == len(owners), "two tiers hold one block"
         for name in self.scheduler.requests:
             assert self.held(name) == self.needed(name), name
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == owners[block.block_id]
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1 - len(owners)
-        assert getattr(self.scheduler, "totals", self.totals) == self.totals
+        totals = getattr(self.scheduler, "totals", self.totals)
+        assert totals == self.totals, f"{totals} and not {self.totals}"
 
     def check_rest(self) -> None:
         """Nothing is held for requests that are gone."""
         assert self.all_free()
-        assert not any(manager.req_to_blocks for manager in self.managers)
-        for names in ("given_back", "counted"):
+        for manager in self.managers:
+            assert not manager.req_to_blocks and not getattr(manager, "copies", None)
+        for names in ("given_back", "counted", "ranked_at"):
             assert not getattr(self.scheduler, names, None), names
         encodings = self.scheduler.encoder_cache_manager
         assert encodings.num_freeable_slots == encodings.cache_size

@@ -1,7 +1,8 @@
 """Random traffic under random limits, through the real scheduler: no request may wait for ever.
 
-A scene is all that its seed says: options as `vllm serve` would get them, requests, preemptions, aborts. Its
-options are refused at start in one sentence, or every request of it ends. Run alone, for as many as wanted:
+Prompts repeat and continue others, in pools that are often too small to keep what could be shared. A scene is
+all that its seed says: options as `vllm serve` would get them, requests, preemptions, aborts. Its options are
+refused at start in one sentence, or every request of it ends. Run alone, for as many as wanted:
 
     python -m tests.support.scheduler_scenes --scenes 10000
     python -m tests.support.scheduler_scenes --seed 12345
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.support.configurations import MERGES
-from tests.support.scheduler_bench import LIVE, Bench, Prompt, block_sizes, quickly_configured
+from tests.support.scheduler_bench import HEADER, LIVE, Bench, Prompt, block_sizes, quickly_configured
 from tests.support.tiny_checkpoints import PATCHES
 
 # Steps in which the first requests of a scene have to end while others keep coming.
@@ -34,6 +35,7 @@ class Ended:
         preemptions: how often a request had to start over.
         raised: whether a limit was raised at start.
         shortage: whether the encoder cache was too full for an image.
+        shared: whether a request found an image in the prefix cache.
 
     """
 
@@ -41,6 +43,7 @@ class Ended:
     preemptions: int = 0
     raised: bool = False
     shortage: bool = False
+    shared: bool = False
 
 
 def play(seed: int) -> Ended:
@@ -75,6 +78,7 @@ def _play(rng: random.Random) -> Ended:
         block_size=block_size,
         config=config,
     )
+    bench.worker.unsteady = rng.random() < 0.5
     shrink_encoder_cache(bench, rng)
     shortage = Shortage(bench)
     asked = [ask(bench, rng) for _ in range(rng.randint(2, 5))]
@@ -92,14 +96,26 @@ def _play(rng: random.Random) -> Ended:
         (options.get(name) or getattr(config, name)) != getattr(config, name)
         for name in ("max_num_batched_tokens", "max_num_scheduled_tokens", "long_prefill_token_threshold")
     )
-    return Ended(None, bench.preemptions(), raised, shortage.seen)
+    return Ended(None, bench.preemptions(), raised, shortage.seen, shares_images(bench))
+
+
+def shares_images(bench: Bench) -> bool:
+    """Whether a request found its first image in memory when it was first scheduled."""
+    return any(
+        feature.mm_position.offset < hit
+        for name, hit in bench.worker.hits.items()
+        for feature in bench.requests[name].mm_features
+    )
 
 
 def method(rng: random.Random) -> dict[str, Any]:
     """A section: merging, or pruning at any depth."""
     if rng.random() < 0.5:
         return MERGES
-    return {"fastv_layer": rng.choice([1, 2, 4, 7]), "fastv_ratio": rng.choice([0.25, 0.5, 0.9])}
+    section = {"fastv_layer": rng.choice([1, 2, 3, 4, 7]), "fastv_ratio": rng.choice([0.25, 0.5, 0.9])}
+    if rng.random() < 0.5:
+        return section | {"fastv_rank": "prompt_end"}
+    return section | {"fastv_rank": "turn_end", "assistant_header": HEADER}
 
 
 def limits(rng: random.Random, length: int) -> dict[str, Any]:
@@ -110,7 +126,7 @@ def limits(rng: random.Random, length: int) -> dict[str, Any]:
         "max_num_seqs": seqs,
         "max_num_batched_tokens": rng.choice([64, 300, PATCHES, 600, 800, 1500, 4096]),
         "scheduling_policy": rng.choice(["fcfs", "priority"]),
-        "enable_prefix_caching": rng.random() < 0.5,
+        "enable_prefix_caching": rng.random() < 0.8,
         "scheduler_reserve_full_isl": rng.random() < 0.5,
         "watermark": rng.choice([0.0, 0.0, 0.1, 0.4]),
         "limit_mm_per_prompt": {"image": 3},
@@ -159,16 +175,34 @@ class Shortage:
 def ask(bench: Bench, rng: random.Random, urgent: bool = True) -> str:
     """Add a request whose answer still fits; one that is not urgent never goes before an urgent one."""
     tokens = rng.choice([1, 2, 3, 10, 40])
-    prompt = random_prompt(rng, bench.length - tokens - 1)
+    longest = bench.length - tokens - 1
+    prompt = next_turn(bench, rng, longest) if rng.random() < 0.6 else random_prompt(rng, longest)
     return bench.ask(prompt, tokens, priority=rng.randrange(2) if urgent else 2)
 
 
 def random_prompt(rng: random.Random, longest: int) -> Prompt:
     """Up to three images with texts around them; few images, so that they are often in the cache."""
-    prompt = Prompt().text(rng.choice([0, 5, 96]))
+    prompt = Prompt().text(rng.choice([0, 5, 96]), rng.choice([100, 200]))
     for _ in range(rng.choice([0, 1, 1, 2, 3, 3])):
         prompt = prompt.image(rng.choice(list(LIVE)[:4])).text(rng.choice([0, 1, 60]), rng.randrange(9))
+    prompt = prompt.header() if rng.random() < 0.5 else prompt
     return prompt if 1 < len(prompt.ids) <= longest else random_prompt(rng, longest)
+
+
+def next_turn(bench: Bench, rng: random.Random, longest: int) -> Prompt:
+    """The prompt of a request so far, its answer so far, and another question; or the same prompt again."""
+    if not bench.prompts:
+        return random_prompt(rng, longest)
+    name, prompt = rng.choice(list(bench.prompts.items()))
+    if rng.random() < 0.8:
+        answer = list(bench.requests[name].output_token_ids)
+        prompt = Prompt(prompt.ids + answer, prompt.images).text(rng.choice([0, 1, 30]), rng.randrange(9))
+        if rng.random() < 0.3:
+            prompt = prompt.image(rng.choice(list(LIVE)[:4]))
+        prompt = prompt.text(rng.choice([0, 3]), 50)
+        prompt = prompt.header() if rng.random() < 0.7 else prompt
+    fits = 1 < len(prompt.ids) <= longest and len(prompt.images) <= 3
+    return prompt if fits else random_prompt(rng, longest)
 
 
 def disturb(bench: Bench, rng: random.Random, asked: list[str]) -> None:
@@ -207,6 +241,7 @@ def count(ends: Counter[str], ended: Ended) -> None:
     ends["preempted"] += ended.preemptions > 0
     ends["limits raised"] += ended.raised
     ends["encoder cache too full"] += ended.shortage
+    ends["images shared"] += ended.shared
 
 
 if __name__ == "__main__":

@@ -126,7 +126,9 @@ def test_kv_blocks_are_those_the_managers_hold(live: int | None, ratio: float, i
             spec, pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=size
         )
         manager.allocate_new_blocks("request", positions, positions)
-        manager.give_back("request", image_start + tokens[tier], image_start + FULL.patches)
+        copy = manager.copy_of("request", image_start)
+        manager.settle(copy, count, image_start, tokens[tier], FULL.patches)
+        manager.give_back("request", image_start)
         held = sum(not block.is_null for block in manager.req_to_blocks["request"])
         assert guess.blocks == held
         total += held * guess.layers * spec.page_size_bytes

@@ -43,6 +43,20 @@ def test_the_same_cache_keeps_its_facts() -> None:
     assert pages.facts is facts
 
 
+def test_facts_go_with_a_copied_block() -> None:
+    """All are read before any is written: a block may be copied and written to in one step."""
+    pages = TierPages(PATCHES)
+    pages.bind(cache(torch.zeros(6 * HEADS * BLOCK * WIDTH), 6))
+    assert pages.facts is not None
+    with torch.inference_mode():
+        pages.facts.copy_(torch.arange(pages.facts.numel()).view_as(pages.facts))
+    before = pages.facts.clone()
+    pages.copy_facts([(1, 4), (4, 2)])
+    after = dict(enumerate(pages.facts)) | {4: before[4], 2: before[2]}
+    assert torch.equal(pages.facts[4], before[1]) and torch.equal(pages.facts[2], before[4])
+    assert all(torch.equal(after[block], before[block]) for block in range(len(before)))
+
+
 def test_attention_refuses_a_step_whose_rows_were_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_HYBRID_ATTENTION", "reference")
     layer = HybridImpl(2, 4, 0.5)

@@ -95,8 +95,10 @@ class Worker(StepReports, Base):
         self.model_runner = SimpleNamespace(get_model=lambda: SimpleNamespace(foreign_pages=lambda: flags))
 
 
-def step(tokens: int = 3) -> Any:
-    return SimpleNamespace(scheduled_encoder_inputs={}, total_num_scheduled_tokens=tokens)
+def step(tokens: int = 3, copies: list[tuple[int, int]] | None = None) -> Any:
+    return SimpleNamespace(
+        scheduled_encoder_inputs={}, total_num_scheduled_tokens=tokens, kv_cache_block_copies=copies
+    )
 
 
 def test_a_report_goes_with_the_sampled_tokens() -> None:
@@ -110,6 +112,14 @@ def test_a_report_goes_with_the_sampled_tokens() -> None:
 def test_a_runner_that_answers_at_once_reports_at_once() -> None:
     worker = Worker(output())
     assert getattr(worker.execute_model(step()), FOREIGN_PAGES) == ["second"]
+
+
+def test_page_facts_are_copied_with_their_blocks() -> None:
+    worker, copied = Worker(output()), list[tuple[int, int]]()
+    model = SimpleNamespace(foreign_pages=lambda: None, copy_page_facts=copied.extend)
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    worker.execute_model(step(copies=[(3, 5), (4, 6)]))
+    assert copied == [(3, 5), (4, 6)]
 
 
 def test_a_step_without_tokens_has_nobody_s_flags() -> None:

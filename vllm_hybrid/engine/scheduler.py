@@ -1,7 +1,7 @@
 """vLLM's scheduler, taught which blocks of a request are holes.
 
 Requests keep their virtual lengths, so scheduling is vLLM's. Three things are added: an image is never
-split over steps, a prompt that will be pruned is prefilled in one step that ends at its last position,
+split over steps, an image that will be pruned is computed in one step with the position that ranks it,
 and after the step that filled an image the blocks inside its holes go back to the pool.
 
 No request waits for ever. Encoder-cache entries are held only for images of steps that are under way, so all
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -26,9 +27,13 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_hybrid.frontend.beam_steps import prompt_tokens
-from vllm_hybrid.kv.tiers import LowerTierSpec, Tier, TierManager
+from vllm_hybrid.kv.prefix_keys import ranked_block_hasher
+from vllm_hybrid.kv.shared_prefix import SharedPrefixManager
+from vllm_hybrid.kv.tier_manager import ImageCopy, TierManager
+from vllm_hybrid.kv.tiers import LowerTierSpec, Tier
 from vllm_hybrid.method.fastv import live_to_kept
-from vllm_hybrid.startup.settings import hybrid_config, num_patches
+from vllm_hybrid.method.ranking import ranking_positions
+from vllm_hybrid.startup.settings import hybrid_config
 
 # vLLM shows what its own loggers and those below them say.
 logger = init_logger(f"vllm.{__name__}")
@@ -43,6 +48,23 @@ FOREIGN_PAGES = "hybrid_foreign_pages"
 _REMEMBERED_IMAGES = 1 << 20
 
 
+class Filling(NamedTuple):
+    """An image that a step computes.
+
+    Attributes:
+        image: its identifier.
+        start: its first virtual position in the request.
+        length: its positions.
+        copies: what is filled with it, by tier.
+
+    """
+
+    image: str
+    start: int
+    length: int
+    copies: dict[Tier, ImageCopy]
+
+
 class HoleReclaim(_Scheduler):
     """Mixed into vLLM's schedulers, before them."""
 
@@ -52,21 +74,25 @@ class HoleReclaim(_Scheduler):
         super().__init__(*args, **kwargs)
         hf_config = self.vllm_config.model_config.hf_config
         self.hybrid = hybrid_config(hf_config)
-        self.patches = num_patches(hf_config)
         self.tier_managers: dict[Tier, TierManager] = {
             Tier.LOWER if isinstance(manager.kv_cache_spec, LowerTierSpec) else Tier.UPPER: manager
             for manager in self.kv_cache_manager.coordinator.single_type_managers
             if isinstance(manager, TierManager)
         }
+        SharedPrefixManager.take_over(self.kv_cache_manager)
         # Kept longer than the encoder cache keeps features: a cached image is not counted again.
         self.live_counts: OrderedDict[str, int] = OrderedDict()
-        # Per request the live tokens of each image whose hole went back, as they were when it was filled: a
-        # client may give another picture the same identifier later.
+        # By step under way, the requests and images that it computes.
+        self.fillings: dict[int, list[Filling]] = {}
+        # Per request the live tokens of each image whose hole went back.
         self.given_back: dict[str, dict[int, int]] = {}
+        # Per request with images that are pruned, the position that ranks each.
+        self.ranked_at: dict[str, list[int]] = {}
         # Requests whose images are in the totals, also while they wait to be computed again.
         self.counted: set[str] = set()
-        # Of the step being scheduled: whether the encoder cache was too full for a request's next image, and
-        # the images that it is to encode.
+        # Of the step being scheduled, while it is: whether the encoder cache was too full for a request's
+        # next image, and the images that it is to encode.
+        self.is_scheduling = False
         self.encodings_are_short = False
         self.promised: set[str] = set()
         self.totals: Counter[str] = Counter()
@@ -77,12 +103,70 @@ class HoleReclaim(_Scheduler):
         self.encodings_are_short = False
         self.promised.clear()
         admissible = self.max_num_active_reqs
+        self.is_scheduling = True
         try:
             output = super().schedule(*args, **kwargs)
         finally:
+            self.is_scheduling = False
             self.max_num_active_reqs = admissible
         self._keep_promises(output)
+        self.fillings[id(output)] = self._filled_by(output)
         return output
+
+    def _filled_by(self, output: SchedulerOutput) -> list[Filling]:
+        """The images that a step computes, with the copy that it fills in each tier."""
+        return [
+            Filling(
+                feature.identifier,
+                feature.mm_position.offset,
+                feature.mm_position.length,
+                {tier: m.copy_of(name, feature.mm_position.offset) for tier, m in self.tier_managers.items()},
+            )
+            for name, number in output.num_scheduled_tokens.items()
+            for feature in self.requests[name].mm_features
+            if 0 <= self.requests[name].num_computed_tokens - feature.mm_position.offset - 1 < number
+        ]
+
+    def _settle(self, filling: Filling) -> None:
+        """Note how many tokens an image has in the copies that a step has filled.
+
+        Also where the request is gone: others may share what it filled. Later steps may encode the picture
+        again, or another one that a client gives the same identifier.
+        """
+        live = self.live_counts.get(filling.image)
+        if live is None:
+            return
+        for tier, copy in filling.copies.items():
+            used = live_to_kept(live, 0 if tier is Tier.LOWER else self.hybrid.fastv_ratio)
+            self.tier_managers[tier].settle(copy, live, filling.start, used, filling.length)
+
+    def add_request(self, request: Request) -> None:
+        """vLLM's, with blocks named by all that pruned images depend on."""
+        if self.hybrid.prunes and request.mm_features and self.cache_config.enable_prefix_caching:
+            hash_function = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
+            request.block_hashes.clear()
+            request._block_hasher = ranked_block_hasher(
+                self.hash_block_size, hash_function, self._ranking_positions
+            )
+            request.update_block_hashes()
+        super().add_request(request)
+
+    def _ranking_positions(self, request: Request) -> list[int]:
+        """The position that ranks each image of a request."""
+        name = request.request_id
+        if name not in self.ranked_at:
+            ends = [f.mm_position.offset + f.mm_position.length for f in request.mm_features]
+            self.ranked_at[name] = ranking_positions(
+                request.prompt_token_ids or [], ends, self.hybrid.ranking_header, prompt_tokens(request)
+            )
+        return self.ranked_at[name]
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; what a step was to write and now will not is found by nobody."""
+        if self.is_scheduling:
+            for manager in self.tier_managers.values():
+                manager.withdraw_unwritten(request.request_id)
+        super()._preempt_request(request, *args, **kwargs)
 
     def _try_schedule_encoder_inputs(
         self,
@@ -130,20 +214,28 @@ class HoleReclaim(_Scheduler):
 
         Returns:
             Positions to compute: no image is cut, and while the encoder cache is short none is begun. When
-            tokens are pruned, a prompt whose images are still to come is computed up to exactly its end,
-            or waits for a step with room.
+            tokens are pruned, an image comes with the position that ranks it, and a step that holds one
+            ranked by the prompt's last position ends there.
 
         """
         end = computed + new
-        ahead = [f.mm_position for f in request.mm_features if f.mm_position.offset >= computed]
+        places = enumerate(feature.mm_position for feature in request.mm_features)
+        ahead = [(number, place) for number, place in places if place.offset >= computed]
         if not ahead or new == 0:
             return new
-        if self.hybrid.prunes:
-            prompt_end = prompt_tokens(request)
-            # Short of the prompt's end nothing is gained by a first piece: the rest must fit in one step.
-            return prompt_end - computed if end >= prompt_end and not self.encodings_are_short else 0
-        cut = [p.offset for p in ahead if self.encodings_are_short or p.offset + p.length > end]
-        return min([end, *cut]) - computed
+        if not self.hybrid.prunes:
+            cut = [p.offset for _, p in ahead if self.encodings_are_short or p.offset + p.length > end]
+            return min([end, *cut]) - computed
+        prompt_end = prompt_tokens(request)
+        ranked_at = self._ranking_positions(request)
+        begun = [(number, p) for number, p in ahead if p.offset < end]
+        cut = [p.offset for number, p in begun if self.encodings_are_short or ranked_at[number] >= end]
+        end = min([end, *cut])
+        begun = [(number, p) for number, p in begun if p.offset < end]
+        if not begun:
+            # Nothing is gained by a first piece of text: the image behind it needs a step with room anyway.
+            return 0
+        return (min(end, prompt_end) if ranked_at[begun[-1][0]] == prompt_end - 1 else end) - computed
 
     def _note_shortage(self, request: Request, end: int, refused: int, budget: int) -> None:
         """Remember for the rest of the step that a request found no room in the encoder cache.
@@ -211,6 +303,8 @@ class HoleReclaim(_Scheduler):
             self.live_counts.move_to_end(image)
         while len(self.live_counts) > _REMEMBERED_IMAGES:
             self.live_counts.popitem(last=False)
+        for filling in self.fillings.pop(id(scheduler_output), ()):
+            self._settle(filling)
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(request_id)
             if request is not None and len(self.given_back.get(request_id, ())) < len(request.mm_features):
@@ -260,24 +354,25 @@ class HoleReclaim(_Scheduler):
         processed = request.num_computed_tokens - request.num_in_flight_tokens + in_this_step
         filled = self.given_back.setdefault(request.request_id, {})
         for number, feature in enumerate(request.mm_features):
-            start = feature.mm_position.offset
-            live = self.live_counts.get(feature.identifier)
-            if number in filled or live is None or start + self.patches > processed:
+            start, length = feature.mm_position.offset, feature.mm_position.length
+            if number in filled or start + length > processed:
+                continue
+            managers = self.tier_managers.values()
+            copies = [manager.copy_of(request.request_id, start) for manager in managers]
+            live = copies[0].live
+            if live is None or any(copy.live is None for copy in copies):
                 continue
             filled[number] = live
-            slots = {Tier.LOWER: live, Tier.UPPER: live_to_kept(live, self.hybrid.fastv_ratio)}
-            for tier, manager in self.tier_managers.items():
-                self.totals["blocks_given_back"] += manager.give_back(
-                    request.request_id, start + slots[tier], start + self.patches
-                )
+            for manager in managers:
+                self.totals["blocks_given_back"] += manager.give_back(request.request_id, start)
         if len(filled) == len(request.mm_features) and request.request_id not in self.counted:
             self.counted.add(request.request_id)
-            self._count(list(filled.values()))
+            self._count(request, list(filled.values()))
 
-    def _count(self, live: Sequence[int]) -> None:
+    def _count(self, request: Request, live: Sequence[int]) -> None:
         """Add a request's images, by their live tokens, to the totals."""
         self.totals["images"] += len(live)
-        self.totals["patches"] += len(live) * self.patches
+        self.totals["patches"] += sum(feature.mm_position.length for feature in request.mm_features)
         self.totals["live_tokens"] += sum(live)
         self.totals["kept_tokens"] += sum(live_to_kept(n, self.hybrid.fastv_ratio) for n in live)
 
@@ -286,6 +381,7 @@ class HoleReclaim(_Scheduler):
         self.given_back.pop(request.request_id, None)
         if request.is_finished():
             self.counted.discard(request.request_id)
+            self.ranked_at.pop(request.request_id, None)
         super()._free_request_blocks(request)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

@@ -1,4 +1,4 @@
-"""What workers also tell the scheduler about a step: new images' live tokens, requests that lost a page.
+"""What workers also do in a step: copy page facts with blocks, tell new images' live tokens and lost pages.
 
 Every platform loads this file, so it imports no platform's worker; `cpu_worker` and `cuda_worker` bind it.
 """
@@ -90,6 +90,9 @@ class StepReports:
     _report: StepReport
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        if scheduler_output.kv_cache_block_copies:
+            # The runner copies keys and values first thing, for prefixes that end inside a block.
+            self.model_runner.get_model().copy_page_facts(scheduler_output.kv_cache_block_copies)
         result = super().execute_model(scheduler_output)  # type: ignore[misc]
         self._report = StepReport(self._count_encoded(scheduler_output))
         if scheduler_output.total_num_scheduled_tokens:

@@ -1,4 +1,4 @@
-"""The two KV tiers: their cache specs, block sizes, and managers that give holes back.
+"""The two KV tiers: their cache specs and block sizes.
 
 Layers below ``fastv_layer`` keep every live token (lower tier), the others only kept ones (upper tier).
 Each tier is a KV-cache group of its own, so each has its own block table and its own holes. The block
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
-from vllm.v1.request import Request
+
+from vllm_hybrid.kv.tier_manager import TierManager
 
 
 class Tier(StrEnum):
@@ -46,47 +45,6 @@ def tier_block_sizes(block_size: int, lower_layers: int, upper_layers: int) -> d
     lower_share, upper_share = upper_layers // common, lower_layers // common
     unit = max(1, round(block_size / min(lower_share, upper_share)))
     return {Tier.LOWER: unit * lower_share, Tier.UPPER: unit * upper_share}
-
-
-class TierManager(FullAttentionManager):
-    """Blocks of one tier. Blocks wholly inside an image's hole go back to the pool early."""
-
-    # Page facts are not part of vLLM's block copies, so a shared block is never copied on write.
-    supports_fine_grained_hash_lookup = False
-
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
-        """Offer blocks to other prompts up to the first image: what follows it has holes, and in the
-        upper tier depends on the question."""
-        if request.mm_features:
-            num_tokens = min(num_tokens, min(f.mm_position.offset for f in request.mm_features))
-        SingleTypeKVCacheManager.cache_blocks(
-            self, request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
-        )
-
-    def give_back(self, request_id: str, first_slot: int, end_slot: int) -> int:
-        """Free the blocks that lie wholly inside a hole.
-
-        Args:
-            request_id: the request that owns the hole.
-            first_slot: virtual position of the hole's first slot.
-            end_slot: one past its last slot.
-
-        Returns:
-            Number of blocks freed; 0 when the hole was already given back.
-
-        """
-        free_before = self.block_pool.get_num_free_blocks()
-        self._remove_blocks_in_range(
-            request_id, -(-first_slot // self.block_size), end_slot // self.block_size
-        )
-        return self.block_pool.get_num_free_blocks() - free_before
 
 
 @dataclass(frozen=True, kw_only=True)
