@@ -11,7 +11,7 @@ export PORT MODEL ARGS PREPARE_ARGS
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder \
 	--max-worker-restart 0 --durations 20
 
-.PHONY: help setup serve test test-fast test-next lint demo bench clean
+.PHONY: help setup serve test test-fast test-next lint demo bench bench-turns clean
 
 help:
 	@echo "make setup   make .venv with everything installed (the others do it first)"
@@ -20,6 +20,7 @@ help:
 	@echo "             PREPARE_ARGS='flags of vllm-hybrid prepare'"
 	@echo "make demo    ask the running server questions; PORT=8000, DEMO_ARGS='flags of examples/demo.py'"
 	@echo "make bench   run the benchmark; BENCH_ARGS='flags of benchmarks/run.py'"
+	@echo "make bench-turns  conversations with prefix caching; BENCH_ARGS='flags of benchmarks/turns.py'"
 	@echo "make test    run the test suite; TEST_ARGS='flags of pytest'"
 	@echo "make test-fast  the tests that start no engine and take no minute"
 	@echo "make test-next  tests beside a newer vLLM without a build for CPUs: see scripts/test_next.sh"
@@ -52,6 +53,9 @@ demo: setup
 
 bench: setup
 	HF_HUB_OFFLINE=1 $(PY) benchmarks/run.py $(BENCH_ARGS)
+
+bench-turns: setup
+	HF_HUB_OFFLINE=1 $(PY) benchmarks/turns.py $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv .venv.new .venv-next .setup.lock llava-hybrid .llava-hybrid.partial prepared

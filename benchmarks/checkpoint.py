@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import random
 from pathlib import Path
@@ -11,6 +13,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
+    AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -62,6 +65,28 @@ def picture(seed: int) -> Image.Image:
         box = (x, y, x + draw.randrange(20, 150), y + draw.randrange(20, 150))
         (canvas.ellipse if index % 2 else canvas.rectangle)(box, fill=colour())
     return image
+
+
+def data_url(seed: int) -> str:
+    """The picture of a seed as PNG, for OpenAI's API."""
+    file = io.BytesIO()
+    picture(seed).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def answer_words(checkpoint: Path) -> list[int]:
+    """Token ids of words of the checkpoint's tokenizer, of which answers are made.
+
+    Random weights know more ids than their tokenizer. A row of these words is text that becomes the same ids
+    again when the next turn sends it, as a trained model's answers mostly do.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
+    words = {i: piece[1:] for piece, i in tokenizer.get_vocab().items() if piece[:1] == "\u2581"}
+    return sorted(
+        i
+        for i, word in words.items()
+        if len(word) > 1 and word.isalpha() and tokenizer(word, add_special_tokens=False)["input_ids"] == [i]
+    )
 
 
 def write(folder: Path) -> Path:

@@ -155,6 +155,8 @@ def overrides(kind: str, section: dict[str, Any]) -> dict[str, Any]:
         "off": lambda: None,
         "merging": lambda: {"thresholds": section["thresholds"]},
         "pruning": lambda: {k: v for k, v in section.items() if k != "thresholds"},
+        "prompt_end": lambda: section | {"fastv_rank": "prompt_end"},
+        "turn_end": lambda: section | {"fastv_rank": "turn_end"},
     }[kind]()
     return {"architectures": ["LlavaHybridForConditionalGeneration"], "hybrid": picked}
 

@@ -11,6 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,27 @@ def run_engine(checkpoint: Path, kind: str, loads: str, repeats: int, log: Path)
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
     raise RuntimeError(f"the {kind} engine gave no result; see {log}")
+
+
+def there_and_back(kinds: Sequence[str], rounds: int) -> Iterator[str]:
+    """The kinds in the order of measuring, every other round backwards; each is announced.
+
+    A machine drifts; there and back, every server is measured early and late.
+    """
+    for number in range(rounds):
+        for kind in kinds if number % 2 == 0 else reversed(kinds):
+            print(f"round {number + 1} of {rounds}: {kind}", flush=True)
+            yield kind
+
+
+def circumstances() -> dict[str, Any]:
+    """What was run, when, on what and with which libraries."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "date": date.today().isoformat(),
+        "machine": {"processor": _processor(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "vllm", "transformers")},
+    }
 
 
 def join_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -178,22 +200,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     kinds = args.kinds.split(",")
     measured: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
-    for number in range(args.rounds):
-        # A machine drifts; there and back, every server is measured early and late.
-        for kind in kinds if number % 2 == 0 else reversed(kinds):
-            loads = "prefill,decode" if kind == "off" else args.loads
-            print(f"round {number + 1} of {args.rounds}: {kind}", flush=True)
-            log = args.out / f"{kind}.log"
-            measured[kind].append(run_engine(args.checkpoint, kind, loads, args.repeats, log))
+    for kind in there_and_back(kinds, args.rounds):
+        loads = "prefill,decode" if kind == "off" else args.loads
+        log = args.out / f"{kind}.log"
+        measured[kind].append(run_engine(args.checkpoint, kind, loads, args.repeats, log))
     results = {kind: join_rounds(rounds) for kind, rounds in measured.items()}
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
-        "machine": {"processor": _processor(), "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("torch", "vllm", "transformers")},
-        "block_size": BLOCK_SIZE,
-        "results": results,
-    }
+    report = circumstances() | {"block_size": BLOCK_SIZE, "results": results}
     (args.out / "results.json").write_text(json.dumps(report, indent=1))
     text = "\n\n".join([table(results), memory_table(results), counts(args.checkpoint, args.repeats)])
     (args.out / "table.md").write_text(text + "\n")

@@ -21,6 +21,7 @@ from benchmarks.vllm_server import VllmServer  # noqa: E402
 HERE = Path(__file__).parent
 NAME = "bench"
 NOISE_PICTURES = 16
+POOL_BYTES = 3 << 30
 
 
 def noise_section(checkpoint: Path) -> dict[str, Any]:
@@ -46,8 +47,9 @@ def noise_section(checkpoint: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def server_options() -> list[str]:
-    """The same for both servers."""
+def server_options(prefix_caching: bool = False) -> list[str]:
+    """The same for all servers."""
+    caching = "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching"
     return [
         *(
             "--served-model-name",
@@ -59,7 +61,7 @@ def server_options() -> list[str]:
             "--max-num-batched-tokens",
             "16384",
         ),
-        *("--max-num-seqs", "64", "--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(3 << 30)),
+        *("--max-num-seqs", "64", caching, "--kv-cache-memory-bytes", str(POOL_BYTES)),
     ]
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
@@ -94,13 +94,7 @@ class VllmServer:
 
     def metrics(self) -> dict[str, float]:
         """Every sample of /metrics, summed over its labels."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        sums: dict[str, float] = {}
-        for family in text_string_to_metric_families(self._get("/metrics")):
-            for sample in family.samples:
-                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
-        return sums
+        return summed_samples(self._get("/metrics"))
 
     def reduced(self) -> dict[str, float]:
         """The plugin's own counters by name: "images", "live_tokens", ..."""
@@ -118,9 +112,26 @@ class VllmServer:
             urllib.error.HTTPError: it refuses it.
 
         """
-        data, headers = json.dumps(content).encode(), {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers)) as answer:
+        with urllib.request.urlopen(self._request(path, content)) as answer:
             return json.load(answer)
+
+    def stream(self, path: str, content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The pieces of an answer that the server sends one by one, each as it comes.
+
+        Raises:
+            urllib.error.HTTPError: it refuses the request.
+            RuntimeError: it breaks off; the message is the server's.
+
+        """
+        with urllib.request.urlopen(self._request(path, content)) as answer:
+            for line in answer:
+                data = line.decode().partition("data: ")[2].strip()
+                if not data or data == "[DONE]":
+                    continue
+                piece = json.loads(data)
+                if "error" in piece:
+                    raise RuntimeError(f"the server broke off: {piece['error']}")
+                yield piece
 
     def interrupt(self) -> int:
         """Ask the server to end as Ctrl-C does, wait for it, and return its exit code."""
@@ -144,9 +155,24 @@ class VllmServer:
             self.process.wait(timeout=_PATIENCE_S)
         self.kill()
 
+    def _request(self, path: str, content: Mapping[str, Any]) -> urllib.request.Request:
+        headers = {"Content-Type": "application/json"}
+        return urllib.request.Request(self.url + path, json.dumps(content).encode(), headers)
+
     def _get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path) as answer:
             return answer.read().decode()
+
+
+def summed_samples(metrics: str) -> dict[str, float]:
+    """Every sample of a text of /metrics by its name, summed over its labels."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return sums
 
 
 def _free_port() -> int:

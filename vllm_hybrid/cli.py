@@ -89,6 +89,12 @@ def prepare(
     fastv_ratio: Annotated[
         float | None, typer.Option(help="Share of an image's live tokens to drop, from 0 to below 1.")
     ] = None,
+    assistant_header: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="What stands before an answer; found in the chat template if left out."
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Make OUT servable from a LLaVA-1.5 checkpoint; its weights are linked, not copied.
@@ -107,6 +113,7 @@ def prepare(
             tokens=tokens,
             fastv_layer=fastv_layer,
             fastv_ratio=fastv_ratio,
+            assistant_header=assistant_header,
             force=force,
             progress=progress,
             skip_unreadable=skip_unreadable,

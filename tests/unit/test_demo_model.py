@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForCondi
 from benchmarks.calibration import UNSEEN_SERIES, rank_correlation, unseen_counts
 from tools.demo_training.tokenizer import sentences
 from tools.demo_training.tower_stage import HELD_OUT, TRAIN
+from vllm_hybrid.checkpoint.assistant_header import find_assistant_header
 from vllm_hybrid.checkpoint.llava import load_config, load_tower, merging_layers
 from vllm_hybrid.config import HybridConfig
 from vllm_hybrid.demo.model import (
@@ -88,6 +89,7 @@ def test_config(demo_checkpoint: Path) -> None:
         section = loaded.hybrid | {"level": level}
         hybrid = HybridConfig.parse(section, vision_layers=5, decoder_layers=8)
         assert hybrid.merges and hybrid.prunes and hybrid.level == level
+    assert loaded.hybrid["assistant_header"] == find_assistant_header(demo_checkpoint)
     assert merging_layers(load_config(demo_checkpoint)) == 5
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from tests.support.tiny_checkpoints import write_checkpoint
+from vllm_hybrid.checkpoint.assistant_header import find_assistant_header
 from vllm_hybrid.checkpoint.llava import load_config, load_tower, merging_layers
 from vllm_hybrid.checkpoint.weights import expected_shapes, stored_tensors, weight_files
 from vllm_hybrid.demo.model import EMBEDDED
@@ -72,7 +73,9 @@ def test_prepared_folder(plain: Path, tmp_path: Path) -> None:
         assert (out / file.name).samefile(file)
     assert not (out / "tokenizer.json").samefile(plain / "tokenizer.json")
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (plain, out))
-    assert section(out) == {"thresholds": None, "fastv_layer": 3, "fastv_ratio": 0.75}
+    header = find_assistant_header(plain)
+    expected = {"thresholds": None, "fastv_layer": 3, "fastv_ratio": 0.75, "assistant_header": header}
+    assert section(out) == expected
     assert new.pop("architectures") == ["LlavaHybridForConditionalGeneration"]
     del new["hybrid"], old["architectures"]
     assert new == old
@@ -215,11 +218,13 @@ def test_torch_files(content: Any, tmp_path: Path) -> None:
 def test_thresholds_reach_the_configuration(plain: Path, tmp_path: Path) -> None:
     file = saved(dymu_state([0.75, 0.5, 0.25, 1.0], "visual.transformer.resblocks"), tmp_path / "t.pth")
     assert prepare(plain, tmp_path / "a", thresholds=file).thresholds == (0.75, 0.5, 0.25)
-    assert section(tmp_path / "a") == {"thresholds": [0.75, 0.5, 0.25]}
+    header = {"assistant_header": find_assistant_header(plain)}
+    assert section(tmp_path / "a") == {"thresholds": [0.75, 0.5, 0.25]} | header
     levels = saved(LEVELS, tmp_path / "levels.json")
     hybrid = prepare(plain, tmp_path / "b", thresholds=levels, level="high", fastv_ratio=0.5)
     assert (hybrid.level, hybrid.thresholds) == ("high", (0.95, None, 0.9))
-    assert section(tmp_path / "b") == {"thresholds": LEVELS, "default_level": "high", "fastv_ratio": 0.5}
+    expected = {"thresholds": LEVELS, "default_level": "high", "fastv_ratio": 0.5}
+    assert section(tmp_path / "b") == expected | header
 
 
 def test_written_thresholds_are_read_again(tmp_path: Path) -> None:

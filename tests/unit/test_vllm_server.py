@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,17 @@ def test_a_server_that_ends_says_its_last_lines(
     started[0].stdin.close()
     with pytest.raises(RuntimeError, match="the server did not start:\nno such model"):
         server.ready()
+
+
+def test_pieces_of_an_answer_that_is_streamed(
+    started: list[subprocess.Popen[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [
+        b'data: {"a": 1}\n\ndata: {"a": 2}\n\ndata: [DONE]\n\n',
+        b'data: {"error": "out of memory"}\n\n',
+    ]
+    monkeypatch.setattr("urllib.request.urlopen", lambda request: BytesIO(answers.pop(0)))
+    server = VllmServer(tmp_path, tmp_path / "log", {})
+    assert list(server.stream("/v1/completions", {})) == [{"a": 1}, {"a": 2}]
+    with pytest.raises(RuntimeError, match="the server broke off: out of memory"):
+        list(server.stream("/v1/completions", {}))

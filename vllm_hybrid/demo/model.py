@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vllm_hybrid.checkpoint.assistant_header import find_assistant_header
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE, load_tower
 from vllm_hybrid.checkpoint.writing import (
     LlavaShape,
@@ -209,7 +210,7 @@ def _add_decoder(made: _Random) -> None:
 
 
 def _hybrid_section(folder: Path, progress: Progress | None) -> dict[str, Any]:
-    """The ``hybrid`` section, its thresholds calibrated on scenes."""
+    """The ``hybrid`` section: thresholds calibrated on scenes, and the chat template's header."""
     tower, image_processor = load_tower(folder)
     with tempfile.TemporaryDirectory() as pictures:
         files = write_scenes(Path(pictures), CALIBRATION_SERIES, CALIBRATION_SCENES)
@@ -222,6 +223,7 @@ def _hybrid_section(folder: Path, progress: Progress | None) -> dict[str, Any]:
         "default_level": DEFAULT_LEVEL,
         "fastv_layer": FASTV_LAYER,
         "fastv_ratio": FASTV_RATIO,
+        "assistant_header": find_assistant_header(folder),
     }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hybrid import __version__
+from vllm_hybrid.checkpoint.assistant_header import assistant_header_of, find_assistant_header
 from vllm_hybrid.checkpoint.llava import (
     ARCHITECTURE,
     check_checkpoint,
@@ -46,6 +47,7 @@ def prepare(
     tokens: int | None = None,
     fastv_layer: int | None = None,
     fastv_ratio: float | None = None,
+    assistant_header: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     skip_unreadable: bool = False,
@@ -61,6 +63,9 @@ def prepare(
         tokens: average live tokens per picture that calibration is to reach.
         fastv_layer: K, decoder layers before image tokens are dropped.
         fastv_ratio: R, share of live image tokens to drop; left out: none.
+        assistant_header: text that the chat template puts before an answer; left out: the token ids that the
+            checkpoint's section has, or what its chat template says. Where that says nothing, a Notice tells
+            why.
         force: replace a checkpoint at ``out``.
         progress: called as progress(stage, pictures done, pictures) during calibration.
         skip_unreadable: calibrate without the pictures that cannot be read.
@@ -102,6 +107,9 @@ def prepare(
     section |= {
         k: v for k, v in (("fastv_layer", fastv_layer), ("fastv_ratio", fastv_ratio)) if v is not None
     }
+    header = _header(source, assistant_header)
+    if header is not None:
+        section["assistant_header"] = header
     parsed = _parse(section, config)
     if images is not None and tokens is not None:
         calibration = calibrate_checkpoint(
@@ -197,6 +205,21 @@ def calibrate_checkpoint(
 def _stamp(file: Path) -> list[Any]:
     """What tells a file from a changed one."""
     return [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
+
+
+def _header(source: Path, text: str | None) -> Any:
+    """The section's assistant header: of a text, as the checkpoint's own section has it, or found."""
+    if text is not None:
+        return assistant_header_of(source, text)
+    section = read_config(source).get("hybrid")
+    if isinstance(section, dict) and section.get("assistant_header") is not None:
+        return section["assistant_header"]
+    try:
+        return find_assistant_header(source)
+    except ValueError as error:
+        sentence = f"left out hybrid.assistant_header: {error}, or give --assistant-header"
+        warnings.warn(sentence, Notice, stacklevel=3)
+        return None
 
 
 def _parse(section: dict[str, Any], config: Any) -> HybridConfig:
