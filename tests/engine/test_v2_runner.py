@@ -11,6 +11,7 @@ from PIL import Image
 from tests.support.fresh_process import answers_of
 from tests.support.reference import Reference
 from tests.support.tiny_checkpoints import (
+    PATCHES,
     conversation,
     decided_images,
     make_images,
@@ -27,11 +28,12 @@ LOST = 4
 
 @dataclass
 class Cases:
-    """Requests for a tiny checkpoint, and the reference that knows their answers."""
+    """Requests for a tiny checkpoint, some of them asked later, and the reference that knows the answers."""
 
     reference: Reference
     pictures: list[Image.Image]
     prompts: list[tuple[list[int], str]]
+    later: list[tuple[list[int], str]]
     work: dict[str, Any]
 
 
@@ -44,7 +46,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     header = Reference(checkpoint, {}).tokenizer("ASSISTANT:")["input_ids"][1:]
     hybrid = {
         "thresholds": thresholds,
-        "fastv_layer": 2,
+        # Blocks of 48 and 16 tokens, so that a shared prefix may end inside a block.
+        "fastv_layer": 1,
         "fastv_ratio": 0.5,
         # A prompt of one turn ends in the header, so this is the prompt's last position there.
         "fastv_rank": "turn_end",
@@ -62,13 +65,22 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
         ([], prompt("Hello there.", 0)),
         ([2, 0], _two_turns(reference, [pictures[2], pictures[0]])),
     ]
+    later = [
+        # The next turn, and a prompt again.
+        ([2, 0], prompts[3][1] + " No.</s>" + prompt("Are you sure?", 0)),
+        prompts[1],
+    ]
+    asked = {
+        name: [{"prompt": text, "images": [files[i] for i in images]} for images, text in requests]
+        for name, requests in (("requests", prompts), ("later", later))
+    }
     work = {
         "checkpoint": str(checkpoint),
         "hybrid": hybrid,
         "tokens": TOKENS,
-        "requests": [{"prompt": text, "images": [files[i] for i in images]} for images, text in prompts],
+        **asked,
     }
-    return Cases(reference, pictures, prompts, work)
+    return Cases(reference, pictures, prompts, later, work)
 
 
 def _two_turns(reference: Reference, images: list[Image.Image]) -> str:
@@ -109,25 +121,38 @@ def test_v2_runner_answers_like_the_reference(
 def test_triton_kernels_in_the_v2_runner_answer_like_the_reference(
     cases: Cases, interpreted: dict[str, Any]
 ) -> None:
-    _check_answers(cases, interpreted | {"answers": interpreted["answers"][:LOST]})
+    answers = interpreted["answers"]
+    _check_answers(cases, interpreted | {"answers": answers[:LOST] + answers[LOST + 1 :]})
 
 
 def test_a_request_whose_page_is_another_s_ends_with_an_error_and_alone(interpreted: dict[str, Any]) -> None:
     """On a device nothing raises; the others' answers are compared with the reference above."""
-    *others, lost = interpreted["answers"]
+    others = interpreted["answers"][:LOST]
+    lost = interpreted["answers"][LOST]
     assert lost["finish_reason"] == "error" and 2 <= len(lost["tokens"]) < TOKENS
     assert [answer["finish_reason"] for answer in others] == ["length"] * LOST
 
 
 def _check_answers(cases: Cases, result: dict[str, Any]) -> None:
     assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
-    for (images, text), answer in zip(cases.prompts, result["answers"], strict=True):
+    for (images, text), answer in zip(cases.prompts + cases.later, result["answers"], strict=True):
         ids = cases.reference.prompt_ids(text)
         score = cases.reference.score(ids, [cases.pictures[i] for i in images], answer["tokens"])
         assert score.distributions.argmax(-1).tolist() == answer["tokens"]
         for step, logprobs in enumerate(answer["logprobs"]):
             for token, logprob in logprobs.items():
                 assert abs(logprob - float(score.distributions[step, int(token)])) <= 1e-3
+
+
+@pytest.mark.parametrize("attention", ["cpu", "triton"])
+def test_later_prompts_find_their_images_in_the_prefix_cache(
+    cases: Cases, answers: dict[str, dict[str, Any]], attention: str
+) -> None:
+    """With answers that are compared with the reference above."""
+    later = answers[attention]["answers"][-len(cases.later) :]
+    found = [answer["found"] for answer in later]
+    assert all(n > len(images) * PATCHES for (images, _), n in zip(cases.later, found, strict=True))
+    assert any(n % 48 for n in found)
 
 
 def test_the_host_waits_once_per_step_with_images_and_never_in_a_decode(interpreted: dict[str, Any]) -> None:

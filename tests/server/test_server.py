@@ -7,6 +7,7 @@ import io
 import json
 import time
 import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +38,11 @@ QUESTION = "What is in the image?"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
-    running = Server(checkpoint(), log, hybrid_section("both"), "--enable-mm-embeds", "--enable-scale-out")
+    options = ("--enable-mm-embeds", "--enable-scale-out", "--enable-prompt-tokens-details")
+    with pytest.MonkeyPatch.context() as environment:
+        # What empties caches is offered to developers only.
+        environment.setenv("VLLM_SERVER_DEV_MODE", "1")
+        running = Server(checkpoint(), log, hybrid_section("both"), *options)
     try:
         yield running.ready()
     finally:
@@ -115,6 +120,33 @@ def test_an_image_costs_the_prompt_576_tokens(client: OpenAI) -> None:
     placeholder = reference.config.image_token_index
     assert [sequence.count(placeholder) for sequence in ids] == [0, PATCHES, 2 * PATCHES]
     assert [n - counted[0] for n in counted] == [len(sequence) - len(ids[0]) for sequence in ids]
+
+
+def test_a_prompt_asked_again_is_found_in_the_prefix_cache(server: Server, client: OpenAI) -> None:
+    """Until the cache is emptied, and with the same answer every time."""
+    content = image_part(url(4)), {"type": "text", "text": "Is this asked for the first time?"}
+
+    def asked() -> tuple[int, str]:
+        answer = ask_parts(client, *content)
+        return answer.usage.prompt_tokens_details.cached_tokens, said(answer)
+
+    before = prefix_hits(server)
+    (first, text), (again, same) = asked(), asked()
+    assert first < PATCHES < again and text == same
+    assert prefix_hits(server) == before + first + again
+    for cache in ("prefix", "mm", "encoder"):
+        urllib.request.urlopen(
+            urllib.request.Request(f"{server.url}/reset_{cache}_cache", method="POST")
+        ).close()
+    assert asked() == (0, text)
+
+
+def prefix_hits(server: Server) -> float:
+    """Positions found in the prefix cache so far, as /metrics says."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as reply:
+        lines = reply.read().decode().splitlines()
+    counts = [line.split()[-1] for line in lines if line.startswith("vllm:prefix_cache_hits_total")]
+    return sum(map(float, counts))
 
 
 def test_different_images_get_different_answers(client: OpenAI) -> None:

@@ -108,6 +108,16 @@ def spoil_a_page(llm: Any, number: int) -> None:
     scheduler.add_request, llm.llm_engine.step = noted, spoiled
 
 
+def _prompts(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Requests as vLLM's `generate` takes them."""
+    prompts = []
+    for request in requests:
+        images = [Image.open(file) for file in request["images"]]
+        extra = {"multi_modal_data": {"image": images}} if images else {}
+        prompts.append({"prompt": request["prompt"], **extra})
+    return prompts
+
+
 def answer(work: dict[str, Any]) -> dict[str, Any]:
     """Greedy answers with log-probabilities, the name of the runner that gave them, and its steps."""
     from vllm import LLM, SamplingParams
@@ -125,15 +135,12 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
         kv_cache_memory_bytes=1 << 26,
         limit_mm_per_prompt={"image": 3},
     )
-    prompts: list[Any] = []
-    for request in work["requests"]:
-        images = [Image.open(file) for file in request["images"]]
-        extra = {"multi_modal_data": {"image": images}} if images else {}
-        prompts.append({"prompt": request["prompt"], **extra})
     if "spoiled" in work:
         spoil_a_page(llm, work["spoiled"])
     params = SamplingParams(temperature=0, max_tokens=work["tokens"], logprobs=3, ignore_eos=True)
-    outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    # What is asked later may find what is asked first in the prefix cache.
+    rounds = [_prompts(work[name]) for name in ("requests", "later")]
+    outputs = [output for asked in rounds for output in llm.generate(asked, params, use_tqdm=False)]
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     return {
         "attention": work["attention"],
@@ -141,11 +148,13 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
         "steps": steps,
         "answers": [
             {
-                "tokens": list(output.token_ids),
-                "finish_reason": output.finish_reason,
-                "logprobs": [{token: p.logprob for token, p in step.items()} for step in output.logprobs],
+                "tokens": list(answer.token_ids),
+                "finish_reason": answer.finish_reason,
+                "logprobs": [{token: p.logprob for token, p in step.items()} for step in answer.logprobs],
+                "found": output.num_cached_tokens,
             }
             for output in outputs
+            for answer in output.outputs
         ],
     }
 
