@@ -20,10 +20,12 @@ readonly FURTHER=("orjson>=3.11.6")
 readonly TESTS=(
   tests/unit/test_vllm_contract.py
   tests/unit/test_hole_reclaim.py
+  tests/unit/test_prefix_sharing.py
   tests/unit/test_scheduler_limits.py
   tests/engine/test_serving.py
   tests/engine/test_kv_reclaim.py
   tests/engine/test_scheduling.py
+  tests/engine/test_conversations.py
   tests/engine/test_v2_runner.py
   tests/engine/test_tensor_parallel.py
 )

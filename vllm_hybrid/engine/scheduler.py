@@ -82,7 +82,7 @@ class HoleReclaim(_Scheduler):
         SharedPrefixManager.take_over(self.kv_cache_manager)
         # Kept longer than the encoder cache keeps features: a cached image is not counted again.
         self.live_counts: OrderedDict[str, int] = OrderedDict()
-        # By step under way, the requests and images that it computes.
+        # By step under way, the images that it computes.
         self.fillings: dict[int, list[Filling]] = {}
         # Per request the live tokens of each image whose hole went back.
         self.given_back: dict[str, dict[int, int]] = {}
@@ -110,22 +110,24 @@ class HoleReclaim(_Scheduler):
             self.is_scheduling = False
             self.max_num_active_reqs = admissible
         self._keep_promises(output)
-        self.fillings[id(output)] = self._filled_by(output)
+        if filled := self._filled_by(output):
+            self.fillings[id(output)] = filled
         return output
 
     def _filled_by(self, output: SchedulerOutput) -> list[Filling]:
         """The images that a step computes, with the copy that it fills in each tier."""
-        return [
-            Filling(
-                feature.identifier,
-                feature.mm_position.offset,
-                feature.mm_position.length,
-                {tier: m.copy_of(name, feature.mm_position.offset) for tier, m in self.tier_managers.items()},
-            )
-            for name, number in output.num_scheduled_tokens.items()
-            for feature in self.requests[name].mm_features
-            if 0 <= self.requests[name].num_computed_tokens - feature.mm_position.offset - 1 < number
-        ]
+        filled = []
+        for name, number in output.num_scheduled_tokens.items():
+            request = self.requests[name]
+            begin = request.num_computed_tokens - number
+            if not request.mm_features or request.mm_features[-1].mm_position.offset < begin:
+                continue
+            for feature in request.mm_features:
+                start, length = feature.mm_position.offset, feature.mm_position.length
+                if begin <= start < request.num_computed_tokens:
+                    copies = {tier: m.copy_of(name, start) for tier, m in self.tier_managers.items()}
+                    filled.append(Filling(feature.identifier, start, length, copies))
+        return filled
 
     def _settle(self, filling: Filling) -> None:
         """Note how many tokens an image has in the copies that a step has filled.

@@ -7,7 +7,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from vllm_hybrid.kv.tier_manager import TierManager, image_around
+from vllm_hybrid.kv.tier_manager import Match, TierManager, image_around
 
 
 class SharedPrefixManager(KVCacheManager):
@@ -35,18 +35,24 @@ class SharedPrefixManager(KVCacheManager):
         """The tiers' managers, the lower tier's first."""
         return [m for m in self.coordinator.single_type_managers if isinstance(m, TierManager)]
 
-    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+    def get_computed_blocks(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int]:
         """The longest prefix of a request that all tiers hold.
+
+        Args:
+            request: the request.
+            max_cache_hit_length: positions that it may have at most, from vLLM 0.33 on.
 
         Returns:
             Its blocks, its length in virtual positions, and 0. It cuts no image, and leaves at least one
-            position to compute.
+            position to compute. It is empty where a block would have to be copied and the pool is too
+            small for that: the request would wait for ever.
 
         """
         if not self.prefix_cache_lookup_enabled(request):
             return self.empty_kv_cache_blocks, 0, 0
-        unit = self.block_pool.hash_block_size
-        length = request.num_tokens - 1
+        length = request.num_tokens - 1 if max_cache_hit_length is None else max_cache_hit_length
         matches = [manager.match(request, length) for manager in self.tier_managers]
         shortened = True
         while shortened:
@@ -54,13 +60,24 @@ class SharedPrefixManager(KVCacheManager):
             for manager, match in zip(self.tier_managers, matches, strict=True):
                 length = manager.longest(match, length)
             cut = image_around(request, length)
-            length = length if cut is None else cut // unit * unit
+            length = length if cut is None else cut
             shortened = length < before
-        blocks: tuple[list[KVCacheBlock], ...] = tuple(
+        blocks = self._take(request, matches, length)
+        most = [
+            manager.most_blocks(shared, length, request.num_tokens)
+            for manager, shared in zip(self.tier_managers, blocks, strict=True)
+        ]
+        if sum(most) >= self.block_pool.num_gpu_blocks:
+            length = 0
+            blocks = self._take(request, matches, length)
+        return self.create_kv_cache_blocks(blocks), length, 0
+
+    def _take(self, request: Request, matches: list[Match], length: int) -> tuple[list[KVCacheBlock], ...]:
+        """The blocks of each tier for a prefix of a request, whose images it shares from now on."""
+        return tuple(
             manager.take(request.request_id, match, length)
             for manager, match in zip(self.tier_managers, matches, strict=True)
         )
-        return self.create_kv_cache_blocks(blocks), length, 0
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """A request's blocks in the order of their positions, over all tiers.

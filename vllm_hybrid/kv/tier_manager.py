@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.multimodal.inputs import MultiModalFeatureSpec
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
@@ -24,7 +24,7 @@ class ImageCopy:
         used: slots that its tokens fill; None as long as ``live`` is.
         hole: numbers of the blocks that lie wholly in its hole, which no block table holds any more.
         tail: the block with its last slot, where text follows in it and the prefix cache has it.
-        offered: whether the prefix cache finds this copy, and not another one of the same image.
+        offered: whether it was offered to the prefix cache, and no other copy of the image in its place.
 
     """
 
@@ -135,11 +135,15 @@ class TierManager(FullAttentionManager):
         return match if tail is None else Match([*match.blocks, tail], end, match.copies)
 
     def _cached_tail(self, copy: ImageCopy, start: int) -> KVCacheBlock | None:
-        """The block with an image's last slot, unless it was evicted, and may be another's since then."""
+        """The block with an image's last slot, unless it was evicted, and may be another's since then.
+
+        Also the other tier's, of which this manager is told nothing: both take their blocks from one pool.
+        """
         tail = copy.tail
         if tail is None or tail.block_hash is None:
             return None
-        return tail if self._copies_in.get(tail.block_id, {}).get(start) is copy else None
+        is_ours = get_group_id(tail.block_hash) == self.kv_cache_group_id
+        return tail if is_ours and self._copies_in.get(tail.block_id, {}).get(start) is copy else None
 
     def longest(self, match: Match, limit: int) -> int:
         """How many positions of a match, up to ``limit``, can be taken over in this step.
@@ -154,6 +158,18 @@ class TierManager(FullAttentionManager):
             return limit
         filled = self._filled_before.get(match.blocks[number].block_id, limit)
         return limit if filled >= limit else max(limit - inside, filled // self._unit * self._unit)
+
+    def most_blocks(self, blocks: Sequence[KVCacheBlock], length: int, positions: int) -> int:
+        """Blocks that a request holds at most when it computes all of its positions.
+
+        Args:
+            blocks: what it shares.
+            length: positions that it shares.
+            positions: all of them.
+
+        """
+        absent = sum(block.is_null for block in blocks)
+        return -(-positions // self.block_size) - absent + self._has_partial_local_hit(blocks, length)
 
     def take(self, request_id: str, match: Match, length: int) -> list[KVCacheBlock]:
         """The blocks of the first ``length`` positions of a match; the request shares their images now."""
