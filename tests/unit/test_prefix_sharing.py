@@ -152,15 +152,29 @@ def continued(rng: random.Random, prompts: list[Prompt]) -> Prompt:
     return prompt.answer(20)
 
 
+@both_schedulers
 @all_methods
-def test_two_prompts_of_one_step_share_whole_blocks(hybrid: dict[str, Any]) -> None:
+def test_an_image_is_computed_once_for_all_who_come_at_once(hybrid: dict[str, Any], ahead: bool) -> None:
+    """What the others would copy is written in that step, so they wait for the next one."""
+    bench = Bench(hybrid, ahead, max_num_batched_tokens=8000)
+    # The last whole block of each tier ends inside the image.
+    prompt = SYSTEM.image("street").text(1).header()
+    names = [bench.ask(prompt, 20) for _ in range(3)]
+    for _ in range(1 + ahead):
+        assert set(bench.step().num_scheduled_tokens) == {names[0]}
+    assert set(bench.step().num_scheduled_tokens) == {*names}
+    bench.finish()
+    assert [bench.worker.hits[name] for name in names] == [0, *[len(SYSTEM.ids) + PATCHES] * 2]
+
+
+@all_methods
+def test_two_texts_of_one_step_share_whole_blocks(hybrid: dict[str, Any]) -> None:
     """What the second reads is written in that very step; only what is copied must be there before."""
     bench = Bench(hybrid, max_num_batched_tokens=2000)
-    first, second = bench.ask(FIRST), bench.ask(FIRST)
+    first, second = bench.ask(Prompt().text(500)), bench.ask(Prompt().text(500))
     assert set(bench.step().num_scheduled_tokens) == {first, second}
     largest = max(bench.sizes.values())
-    common = (len(FIRST.ids) - 1) // largest * largest
-    assert bench.worker.hits == {first: 0, second: with_whole_images(FIRST, common)}
+    assert bench.worker.hits == {first: 0, second: 499 // largest * largest}
     bench.finish()
 
 
@@ -224,13 +238,15 @@ def test_of_two_copies_the_one_that_reaches_further_is_shared(hybrid: dict[str, 
     assert bench.answered(long) == whole_units(len(long.ids) - 1)
 
 
-def test_questions_asked_at_once_share_later() -> None:
-    """Each computes the picture, because it is not in memory yet; the text behind it fits one copy."""
-    bench = Bench(MERGES, max_num_batched_tokens=8000)
+@both_schedulers
+def test_questions_asked_at_once_share_their_picture(ahead: bool) -> None:
+    """All but one take the picture over, whose last block has the first one's question in it."""
+    bench = Bench(MERGES, ahead, max_num_batched_tokens=8000)
     prompts = [SYSTEM.image("cat").text(40, first=200 + number) for number in range(4)]
-    for prompt in prompts:
-        bench.ask(prompt, 20)
+    names = [bench.ask(prompt, 20) for prompt in prompts]
     bench.finish()
+    behind_the_image = len(SYSTEM.ids) + PATCHES
+    assert [bench.worker.hits[name] for name in names] == [0, *[behind_the_image] * 3]
     assert [bench.answered(prompt) for prompt in prompts] == [whole_units(len(prompts[0].ids) - 1)] * 4
 
 

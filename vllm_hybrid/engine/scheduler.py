@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -55,6 +56,7 @@ class Filling(NamedTuple):
         image: its identifier.
         start: its first virtual position in the request.
         length: its positions.
+        key: of the block in which it begins; None where the request has no key for that.
         copies: what is filled with it, by tier.
 
     """
@@ -62,6 +64,7 @@ class Filling(NamedTuple):
     image: str
     start: int
     length: int
+    key: BlockHash | None
     copies: dict[Tier, ImageCopy]
 
 
@@ -91,8 +94,9 @@ class HoleReclaim(_Scheduler):
         # Requests whose images are in the totals, also while they wait to be computed again.
         self.counted: set[str] = set()
         # Of the step being scheduled, while it is: whether the encoder cache was too full for a request's
-        # next image, and the images that it is to encode.
+        # next image, the images that it is to encode, and the keys of those that it computes.
         self.is_scheduling = False
+        self.begun: set[BlockHash] = set()
         self.encodings_are_short = False
         self.promised: set[str] = set()
         self.totals: Counter[str] = Counter()
@@ -102,6 +106,7 @@ class HoleReclaim(_Scheduler):
         """vLLM's step, without encodings that it promises and then takes back."""
         self.encodings_are_short = False
         self.promised.clear()
+        self.begun.clear()
         admissible = self.max_num_active_reqs
         self.is_scheduling = True
         try:
@@ -126,7 +131,8 @@ class HoleReclaim(_Scheduler):
                 start, length = feature.mm_position.offset, feature.mm_position.length
                 if begin <= start < request.num_computed_tokens:
                     copies = {tier: m.copy_of(name, start) for tier, m in self.tier_managers.items()}
-                    filled.append(Filling(feature.identifier, start, length, copies))
+                    key = self._image_key(request, start)
+                    filled.append(Filling(feature.identifier, start, length, key, copies))
         return filled
 
     def _settle(self, filling: Filling) -> None:
@@ -185,6 +191,8 @@ class HoleReclaim(_Scheduler):
         """
         held = set(self.encoder_cache_manager.get_cached_input_ids(request))
         wanted = self._whole(request, num_computed_tokens, num_new_tokens)
+        if self._will_find_image(request, num_computed_tokens):
+            wanted = 0
         while True:
             result = super()._try_schedule_encoder_inputs(
                 request, num_computed_tokens, wanted, encoder_compute_budget, shift_computed_tokens
@@ -192,11 +200,40 @@ class HoleReclaim(_Scheduler):
             granted = self._whole(request, num_computed_tokens, result[1])
             self._note_shortage(request, num_computed_tokens + result[1], wanted - result[1], result[2])
             if granted == result[1]:
+                self.begun |= self._image_keys(request, num_computed_tokens, num_computed_tokens + granted)
                 if granted == 0 and request.status != RequestStatus.RUNNING:
                     self._admit_no_more()
                 return result
             self._let_go(request, held)
             wanted = granted
+
+    def _will_find_image(self, request: Request, computed: int) -> bool:
+        """Whether a waiting request's next image is being computed for another one, and then shared.
+
+        Of an image that is still being written, or of which nobody told yet how many tokens it has, not all
+        may be taken, and the request would compute it once more. It waits for a step, or for two where the
+        scheduler runs ahead.
+        """
+        if request.status == RequestStatus.RUNNING:
+            return False
+        if not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return False
+        ahead = [f.mm_position.offset for f in request.mm_features if f.mm_position.offset >= computed]
+        if not ahead:
+            return False
+        keys = self._image_keys(request, ahead[0], ahead[0] + 1)
+        under_way = (filling.key for filled in self.fillings.values() for filling in filled)
+        return not keys.isdisjoint(self.begun) or not keys.isdisjoint(under_way)
+
+    def _image_keys(self, request: Request, begin: int, end: int) -> set[BlockHash]:
+        """Keys of the blocks in which the images of a stretch of a request begin."""
+        starts = [f.mm_position.offset for f in request.mm_features if begin <= f.mm_position.offset < end]
+        return {key for start in starts if (key := self._image_key(request, start)) is not None}
+
+    def _image_key(self, request: Request, start: int) -> BlockHash | None:
+        """Key of the block in which a request's image begins; None where the request ends in that block."""
+        number = start // self.hash_block_size
+        return request.block_hashes[number] if number < len(request.block_hashes) else None
 
     def _admit_no_more(self) -> None:
         """Let no waiting request into this step any more, because one got nothing of it.

@@ -380,8 +380,10 @@ class TierManager(FullAttentionManager):
         if copies:
             self._copies_in[block.block_id] = copies
         for feature in request.mm_features:
-            if feature.mm_position.offset in copies and _end(feature) // self.block_size == number:
-                copies[feature.mm_position.offset].tail = block
+            start = feature.mm_position.offset
+            if start in copies and _end(feature) // self.block_size == number:
+                # One that is there already was written earlier, so that it can be copied earlier.
+                copies[start].tail = self._cached_tail(copies[start], start) or block
 
     def _ends_in(self, request: Request, number: int, end: int) -> list[int]:
         """Where a prefix may end in block ``number``, up to ``end``, the last position first.
