@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +60,14 @@ class Setup:
     def section(self) -> dict[str, Any]:
         """The checkpoint's own hybrid section."""
         return json.loads((self.checkpoint / "config.json").read_text())["hybrid"]
+
+    @property
+    def work(self) -> list[Any]:
+        """What the answers depend on, for a journal."""
+        weights = (self.checkpoint / "model.safetensors").stat()
+        config = (self.checkpoint / "config.json").read_text()
+        questions = hashlib.sha256(repr(self.asked).encode()).hexdigest()
+        return [weights.st_size, weights.st_mtime_ns, config, questions, self.dtype]
 
 
 def cases(setup: Setup) -> list[Case]:

@@ -1,11 +1,16 @@
-"""What no server offers: merging without virtual unmerging, and random dropping. Transformers, float32."""
+"""What no server offers: merging without virtual unmerging, and other choices than FastV's own.
+
+Transformers, float32. Virtual unmerging is computed as it is defined: a token stands at each of its patches'
+positions, and attention's outputs there are averaged.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.accuracy.questions import CUT, Asked
 from vllm_hybrid.method.clip_tower import encode
-from vllm_hybrid.method.fastv import live_to_kept
+from vllm_hybrid.method.fastv import live_to_kept, select_tokens
 from vllm_hybrid.method.token_merging import LiveTokens
 
 Thresholds = Sequence[float | None]
@@ -30,6 +35,8 @@ class Shown:
         places: int64 [n], ascending: the position of each behind the image's first.
         span: positions the image takes up.
         kept: int64 [m], ascending: which of them the layers from ``fastv_layer`` on see; None for all.
+        owner: int64 [n], the number of the live token that each belongs to, of which it is a copy; None where
+            each is one of its own.
 
     """
 
@@ -37,10 +44,81 @@ class Shown:
     places: Tensor
     span: int
     kept: Tensor | None = None
+    owner: Tensor | None = None
+
+    @property
+    def owners(self) -> Tensor:
+        """The number of the live token that each belongs to, int64 [n]."""
+        return torch.arange(len(self.places)) if self.owner is None else self.owner
+
+    def pruned(self, importance: Tensor, ratio: float) -> Shown:
+        """With FastV's choice of its live tokens, float [live] being how important each is."""
+        lengths = torch.tensor([len(importance)])
+        chosen = select_tokens(importance, lengths, ratio)
+        return replace(self, kept=chosen[self.owners].nonzero().flatten())
 
 
 # From the tower, pixel values [1, 3, H, W] and the picture's number to what the decoder is shown.
 ImageTokens = Callable[[Any, Tensor, int], Shown]
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """Questions side by side, filled up on the right.
+
+    Attributes:
+        ids: int64 [questions, width].
+        lengths: int64 [questions], tokens of each.
+        seen: bool [questions, width, width], which tokens a token sees. It never sees what is behind it, so
+            what a question is filled up with matters to what follows it alone.
+
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    seen: Tensor
+
+    @classmethod
+    def of(cls, asked: list[Asked]) -> _Questions:
+        lengths = torch.tensor([len(question.after) for question in asked])
+        width = int(lengths.max())
+        ids = torch.tensor([[*q.after, *[0] * (width - len(q.after))] for q in asked])
+        seen = torch.ones(width, width, dtype=torch.bool).tril().expand(len(asked), -1, -1)
+        return cls(ids, lengths, seen)
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest one."""
+        return self.ids.shape[1]
+
+
+def _attention(query: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
+    """What a query of each batch entry and head gives the rows.
+
+    Args:
+        query: [batch, heads, head size], rotated as the keys are.
+        keys: [batch, KV heads, rows, head size].
+        seen: bool [batch, rows].
+
+    Returns:
+        [batch, heads, rows], each sum 1.
+
+    """
+    keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    scores = (keys @ query[..., None])[..., 0] / math.sqrt(query.shape[-1])
+    return scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+
+
+def mean_over_copies(rows: Tensor, owner: Tensor) -> Tensor:
+    """Each row the mean of all those of its token.
+
+    Args:
+        rows: [batch, rows, C].
+        owner: int64 [rows], of each the number of its token.
+
+    """
+    sums = rows.new_zeros(rows.shape[0], int(owner.max()) + 1, rows.shape[2]).index_add_(1, owner, rows)
+    return (sums / owner.bincount().clamp(min=1)[:, None])[:, owner]
 
 
 class OfflineModel:
@@ -78,26 +156,57 @@ class OfflineModel:
         made = self._generate(cache, start, asked)
         return [self._text(ids[: q.longest]) for ids, q in zip(made, asked, strict=True)]
 
-    def _prefill(self, shown: Shown, before: list[int]) -> tuple[Any, int]:
-        """What all questions begin with: the cache of it, and the position behind it."""
+    @torch.no_grad()
+    def importance(self, shown: Shown, asked: list[Asked]) -> Tensor:
+        """What FastV ranks the live tokens of a picture by, float [questions, live].
+
+        The attention that the last position of each question gives them in the layer before ``fastv_layer``,
+        averaged over heads and summed over a token's copies (FastV, section 4.1).
+        """
+        before, questions, ranking = list(asked[0].before), _Questions.of(asked), self._fastv_layer - 1
+        cache, start = self._prefill(replace(shown, kept=None), before, self._fastv_layer)
+        cache.batch_repeat_interleave(len(asked))
+        positions = (start + torch.arange(questions.width)).expand(len(asked), -1)
+        hidden = self._layers(self._embed(questions.ids), positions, cache, questions.seen, range(ranking))
+        self._layers(hidden, positions, cache, questions.seen, range(ranking, ranking + 1))
+        each = torch.arange(len(asked)), questions.lengths - 1
+        query = self._query(ranking, hidden, positions)[each[0], :, each[1]]
+        earlier = cache.get_seq_length(ranking) - questions.width
+        seen = torch.nn.functional.pad(questions.seen[each], (earlier, 0), value=True)
+        attention = _attention(query, cache.layers[ranking].keys, seen).mean(1)
+        copies = attention[:, len(before) : earlier]
+        live = int(shown.owners.max()) + 1
+        return copies.new_zeros(len(asked), live).index_add_(1, shown.owners, copies)
+
+    def _query(self, number: int, hidden: Tensor, positions: Tensor) -> Tensor:
+        """A layer's queries, rotated: [batch, heads, rows, head size]."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        layer, turns = self._decoder.layers[number], self._decoder.rotary_emb(hidden, positions)
+        projected = layer.self_attn.q_proj(layer.input_layernorm(hidden))
+        query = projected.unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
+        rotated: Tensor = apply_rotary_pos_emb(query, query, *turns)[0]
+        return rotated
+
+    def _prefill(self, shown: Shown, before: list[int], layers: int | None = None) -> tuple[Any, int]:
+        """What all questions begin with: the cache of all or the first layers, and the position behind it."""
         from transformers import DynamicCache
 
         cache, first = DynamicCache(), len(before)
         hidden = torch.cat([self._embed(before), self._projector(shown.features)])
         positions = torch.cat([torch.arange(first), first + shown.places])
         rows = None if shown.kept is None else torch.cat([torch.arange(first), first + shown.kept])
-        self._run(hidden[None], positions[None], cache, None, rows)
+        owner = None if shown.owner is None else torch.cat([torch.arange(first), first + shown.owner])
+        numbers = range(len(self._decoder.layers) if layers is None else layers)
+        self._layers(hidden[None], positions[None], cache, None, numbers, rows, owner)
         return cache, first + shown.span
 
     def _generate(self, cache: Any, start: int, asked: list[Asked]) -> list[list[int]]:
         """As many tokens for each question as the longest answer may have, or all their ends' needs."""
-        lengths = torch.tensor([len(q.after) for q in asked])
-        width = int(lengths.max())
-        # Filled up on the right: causal attention never sees what is behind a question, but answers must not.
-        ids = torch.tensor([[*q.after, *[0] * (width - len(q.after))] for q in asked])
-        seen = torch.ones(width, width, dtype=torch.bool).tril().expand(len(asked), -1, -1)
+        questions = _Questions.of(asked)
+        lengths, width = questions.lengths, questions.width
         positions = (start + torch.arange(width)).expand(len(asked), -1)
-        hidden = self._run(self._embed(ids), positions, cache, seen)
+        hidden = self._run(self._embed(questions.ids), positions, cache, questions.seen)
         last = hidden[torch.arange(len(asked)), lengths - 1]
         seen = (torch.arange(width) < lengths[:, None])[:, None]
         made: list[list[int]] = [[] for _ in asked]
@@ -112,15 +221,22 @@ class OfflineModel:
             last = self._run(self._embed(tokens[:, None]), positions, cache, seen)[:, -1]
         return made
 
-    def _run(
+    def _run(self, hidden: Tensor, positions: Tensor, cache: Any, seen: Tensor) -> Tensor:
+        """All decoder layers and the last norm."""
+        every = range(len(self._decoder.layers))
+        return self._decoder.norm(self._layers(hidden, positions, cache, seen, every))
+
+    def _layers(
         self,
         hidden: Tensor,
         positions: Tensor,
         cache: Any,
         seen: Tensor | None,
+        numbers: range,
         kept_rows: Tensor | None = None,
+        owner: Tensor | None = None,
     ) -> Tensor:
-        """All decoder layers and the last norm.
+        """Some decoder layers.
 
         Args:
             hidden: [batch, rows, C].
@@ -128,19 +244,36 @@ class OfflineModel:
             cache: every layer's keys and values, added to.
             seen: bool [batch, rows, text], which of the cache's last rows, these included, a row sees; all
                 rows before them it sees anyway. None: causal.
+            numbers: of the layers.
             kept_rows: rows that go on from ``fastv_layer``; None for all.
+            owner: int64 [rows], the same number for copies of one token; None where there are none.
 
         """
         turns = self._decoder.rotary_emb(hidden, positions)
-        for number, layer in enumerate(self._decoder.layers):
+        for number in numbers:
             if kept_rows is not None and number == self._fastv_layer:
                 hidden, turns = hidden[:, kept_rows], tuple(turn[:, kept_rows] for turn in turns)
+                owner = None if owner is None else owner[kept_rows]
             mask = None
             if seen is not None:
                 earlier = cache.get_seq_length(number) + hidden.shape[1] - seen.shape[2]
                 mask = torch.nn.functional.pad(seen, (earlier, 0), value=True)[:, None]
-            hidden = layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=turns)
-        return self._decoder.norm(hidden)
+            hidden = self._layer(number, hidden, mask, cache, turns, owner)
+        return hidden
+
+    def _layer(
+        self, number: int, hidden: Tensor, mask: Tensor | None, cache: Any, turns: Any, owner: Tensor | None
+    ) -> Tensor:
+        """A decoder layer; the outputs of attention are averaged over the copies of a token."""
+        layer = self._decoder.layers[number]
+        attended, _ = layer.self_attn(
+            layer.input_layernorm(hidden),
+            position_embeddings=turns,
+            attention_mask=mask,
+            past_key_values=cache,
+        )
+        hidden = hidden + (attended if owner is None else mean_over_copies(attended, owner))
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
     def _embed(self, ids: list[int] | Tensor) -> Tensor:
         return self._decoder.embed_tokens(torch.as_tensor(ids))
@@ -168,6 +301,17 @@ def everything(tower: Any, pixel_values: Tensor, number: int) -> Shown:
 def blank(tower: Any, pixel_values: Tensor, number: int) -> Shown:
     """All patches of another picture, of one colour: what can be guessed."""
     return everything(tower, torch.zeros_like(pixel_values), number)
+
+
+def unmerged(thresholds: Thresholds) -> ImageTokens:
+    """Merged tokens, each at all positions of its patches, as the server has them."""
+
+    def tokens(tower: Any, pixel_values: Tensor, number: int) -> Shown:
+        live = encode(tower, pixel_values, thresholds)
+        owner = live.owner[0]
+        return Shown(live.features[owner], torch.arange(len(owner)), len(owner), owner=owner)
+
+    return tokens
 
 
 def closed_up(thresholds: Thresholds, in_reading_order: bool) -> ImageTokens:
@@ -248,9 +392,56 @@ def answer_all(
         own = [question for question in asked if question.picture == number]
         return [(answer, live, kept) for answer in model.answers(shown, own)]
 
+    found = [each for picture in _on_all_cores(of_picture, len(images)) for each in picture]
+    answers, live, kept = zip(*found, strict=True)
+    return list(answers), sum(live) / len(found), sum(kept) / len(found)
+
+
+def answer_ranked(
+    model: OfflineModel,
+    image_tokens: ImageTokens,
+    ratio: float,
+    images: list[Image.Image],
+    pairs: list[tuple[Asked, Asked]],
+) -> tuple[list[str], float, float]:
+    """Answers to questions, each with the image tokens that FastV keeps for another one.
+
+    Args:
+        model: who answers.
+        image_tokens: what it is shown of a picture before the choice.
+        ratio: R of FastV.
+        images: the pictures.
+        pairs: whose last position ranks, and what is asked, of the same picture; those of one picture one
+            after the other.
+
+    Returns:
+        The answers, and the average live and kept tokens of one.
+
+    """
+
+    def of_picture(number: int) -> list[tuple[str, int, int]]:
+        own = [pair for pair in pairs if pair[0].picture == number]
+        rankers = list(dict.fromkeys(ranker for ranker, _ in own))
+        if not rankers:
+            return []
+        shown = model.show(image_tokens, images[number], number)
+        found: dict[tuple[Asked, Asked], tuple[str, int, int]] = {}
+        for ranker, importance in zip(rankers, model.importance(shown, rankers), strict=True):
+            asked = list(dict.fromkeys(question for other, question in own if other == ranker))
+            pruned = shown.pruned(importance, ratio)
+            live, kept = len(importance), live_to_kept(len(importance), ratio)
+            for question, answer in zip(asked, model.answers(pruned, asked), strict=True):
+                found[ranker, question] = answer, live, kept
+        return [found[pair] for pair in own]
+
+    found = [each for picture in _on_all_cores(of_picture, len(images)) for each in picture]
+    answers, live, kept = zip(*found, strict=True)
+    return list(answers), sum(live) / len(found), sum(kept) / len(found)
+
+
+def _on_all_cores(of_picture: Callable[[int], list[Any]], pictures: int) -> list[list[Any]]:
+    """What a function gives for each picture."""
     # The operations are too small to share one among the cores.
     threads = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ThreadPoolExecutor(os.cpu_count(), **threads) as pool:
-        found = [each for picture in pool.map(of_picture, range(len(images))) for each in picture]
-    answers, live, kept = zip(*found, strict=True)
-    return list(answers), sum(live) / len(found), sum(kept) / len(found)
+        return list(pool.map(of_picture, range(pictures)))

@@ -9,8 +9,6 @@ from typing import Any
 from benchmarks.accuracy.cases import BLANK, FULL, OFFLINE, SERVER
 from benchmarks.accuracy.questions import Asked, counts, difference, shares
 
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
-
 Result = dict[str, Any]
 
 
@@ -32,18 +30,17 @@ def table(results: Sequence[Result], asked: list[Asked]) -> str:
         *(f"{task} ({n})" for task, n in questions.items()),
         "against full",
     ]
-    lines = [_line(heads), _line(["---"] * 2 + ["--:"] * (len(heads) - 2))]
+    lines = [line(heads), line(["---"] * 2 + ["--:"] * (len(heads) - 2))]
     for each in sorted(results, key=lambda each: [SERVER, OFFLINE].index(each["where"])):
         name = f"{each['name']}, offline" if each["where"] == OFFLINE else each["name"]
         cells = [f"{100 * each['shares'][task]:.1f}" for task in questions]
         gain = f"{100 * each['gain']:+.1f} ± {100 * each['gain_half_interval']:.1f}"
-        lines.append(
-            _line([each["family"], name, f"{each['live']:.0f}", f"{each['kept']:.0f}", *cells, gain])
-        )
+        lines.append(line([each["family"], name, f"{each['live']:.0f}", f"{each['kept']:.0f}", *cells, gain]))
     return "\n".join(lines)
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -81,12 +78,12 @@ def plot(results: Sequence[Result], fastv_layer: int, layers: int, file: Path) -
         style = "o-" if where == SERVER else "s--"
         label = family if where == SERVER else f"{family} (offline)"
         axes.plot(*zip(*points, strict=True), style, label=label, markersize=5)
-    for line in results:
-        if (line["family"], line["where"]) in ((FULL, SERVER), (BLANK, OFFLINE)):
-            height = 100 * line["shares"]["headline"]
+    for each in results:
+        if (each["family"], each["where"]) in ((FULL, SERVER), (BLANK, OFFLINE)):
+            height = 100 * each["shares"]["headline"]
             axes.axhline(height, color="grey", linestyle=":", linewidth=1)
             axes.annotate(
-                line["family"], (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+                each["family"], (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom"
             )
     axes.set(xlabel="image tokens in a decoder layer, on average", ylabel="exact answers, headline tasks, %")
     axes.set_ylim(bottom=0)
@@ -96,15 +93,16 @@ def plot(results: Sequence[Result], fastv_layer: int, layers: int, file: Path) -
     pyplot.close(figure)
 
 
-def insert(page: str, found: str) -> str:
-    """The page with what stands between its marks replaced.
+def insert(page: str, found: str, mark: str = "table") -> str:
+    """The page with what stands between two marks replaced.
 
     Raises:
-        ValueError: it has no marks.
+        ValueError: it has no such marks.
 
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the page lacks {BEGIN!r} or, behind it, {END!r}")
-    return f"{before}{BEGIN}\n\n{found}\n\n{END}{after}"
+        raise ValueError(f"the page lacks {first!r} or, behind it, {last!r}")
+    return f"{before}{first}\n\n{found}\n\n{last}{after}"

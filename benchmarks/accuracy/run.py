@@ -7,19 +7,17 @@ answers. A run that was cut off goes on with the configurations that are left.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.accuracy.cases import Case, Setup, cases  # noqa: E402
-from benchmarks.accuracy.questions import Asked, held_out  # noqa: E402
+from benchmarks.accuracy.questions import held_out  # noqa: E402
 from benchmarks.accuracy.report import Result, insert, plot, result, summary, table  # noqa: E402
 from vllm_hybrid.tools.journal import Journal  # noqa: E402
 
@@ -42,7 +40,7 @@ def main() -> None:
         ratios=[float(ratio) for ratio in options.ratios.split(",")],
         both_ratios=[float(ratio) for ratio in options.both_ratios.split(",")],
     )
-    journal = Journal(options.out / "accuracy.partial.jsonl", _work(options, asked))
+    journal = Journal(options.out / "accuracy.partial.jsonl", setup.work)
     results = measure(setup, journal)
     _write(options, setup, results)
     journal.remove()
@@ -66,14 +64,6 @@ def _tell(case: Case, found: Result, seconds: float) -> None:
     tokens = f"{found['live']:.0f} live, {found['kept']:.0f} kept"
     same = f"{100 * found['same_as_full']:.0f}% as the full model"
     print(f"{case.title}: {figures}, {tokens}, {same}, {seconds:.0f} s", flush=True)
-
-
-def _work(options: argparse.Namespace, asked: list[Asked]) -> list[Any]:
-    """What the answers depend on."""
-    weights = (options.checkpoint / "model.safetensors").stat()
-    config = (options.checkpoint / "config.json").read_text()
-    questions = hashlib.sha256(repr(asked).encode()).hexdigest()
-    return [weights.st_size, weights.st_mtime_ns, config, questions, options.dtype]
 
 
 def _write(options: argparse.Namespace, setup: Setup, results: list[Result]) -> None:

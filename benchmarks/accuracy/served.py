@@ -90,13 +90,13 @@ class _Client:
         return text if choice.finish_reason == "stop" else text + CUT
 
     def _ask(self, question: Asked) -> Any:
-        content: list[Any] = [
-            {"type": "image_url", "image_url": {"url": self._urls[question.picture]}},
-            {"type": "text", "text": question.text},
-        ]
+        messages: list[Any] = question.messages
+        picture = {"type": "image_url", "image_url": {"url": self._urls[question.picture]}}
+        parts = messages[0]["content"]
+        messages[0]["content"] = [picture if part["type"] == "image" else part for part in parts]
         return self._openai.chat.completions.create(
             model=_NAME,
-            messages=[{"role": "user", "content": content}],
+            messages=messages,
             max_tokens=question.longest,
             temperature=0,
             # Training's prompts begin with <s>, which vLLM leaves out of chats unless it is told otherwise.

@@ -268,7 +268,8 @@ def _make_room_in_a_step(vllm_config: VllmConfig, hybrid: HybridConfig) -> None:
     """Raise limits under which what has to be computed in one step would wait for ever.
 
     An image is computed in one step; where tokens are pruned with all up to the position that ranks it, which
-    may be the prompt's last, and without chunked prefill any prompt is. Beside it every running request may decode.
+    may be the prompt's last, and without chunked prefill any prompt is. Beside it every running request may
+    decode.
     """
     scheduler = vllm_config.scheduler_config
     what, length = "an image", num_patches(vllm_config.model_config.hf_config)
