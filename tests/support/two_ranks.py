@@ -102,6 +102,8 @@ def answer(work: Work) -> Found:
     outputs = served.generate(work.asks, work.tokens)
     choices = served.llm.collective_rpc("take_choices")
     served.llm.collective_rpc("score_by_own_heads")
+    # What is found there was chosen before.
+    assert served.llm.reset_prefix_cache()
     apart_outputs = served.generate(work.asks, 1)
     return Found(outputs, choices, apart_outputs, served.llm.collective_rpc("take_choices"))
 

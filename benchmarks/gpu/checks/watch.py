@@ -120,6 +120,7 @@ class Squeeze:
         self.held += self.pool.get_new_blocks(self.pool.get_num_free_blocks())
 
     def release(self) -> None:
-        """Give them back."""
+        """Give them back, and have nobody find what is cached: whoever was preempted starts over."""
         self.pool.free_blocks(self.held)
+        self.pool.evict_blocks(set(range(1, self.pool.num_gpu_blocks)))
         self.held = []
