@@ -53,6 +53,19 @@ def run_engine(checkpoint: Path, kind: str, loads: str, repeats: int, log: Path)
     raise RuntimeError(f"the {kind} engine gave no result; see {log}")
 
 
+def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line with the options of every comparison; make the checkpoint and the folder."""
+    parser.add_argument("--rounds", type=int, default=2, help="over all servers, every other one backwards")
+    parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    from benchmarks.checkpoint import write
+
+    write(args.checkpoint)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
 def there_and_back(kinds: Sequence[str], rounds: int) -> Iterator[str]:
     """The kinds in the order of measuring, every other round backwards; each is announced.
 
@@ -190,14 +203,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="stock,hybrid,off", help="servers, stock first")
     parser.add_argument("--loads", default=",".join(LOADS))
     parser.add_argument("--repeats", type=int, default=2, help="of each load in each round")
-    parser.add_argument("--rounds", type=int, default=2, help="over all servers, every other one backwards")
-    parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    args = parser.parse_args()
-    from benchmarks.checkpoint import write
-
-    write(args.checkpoint)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = begin(parser)
     kinds = args.kinds.split(",")
     measured: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for kind in there_and_back(kinds, args.rounds):

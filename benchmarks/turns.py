@@ -27,14 +27,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.checkpoint import answer_words, data_url, write  # noqa: E402
+from benchmarks.checkpoint import answer_words, data_url  # noqa: E402
 from benchmarks.engine import overrides  # noqa: E402
-from benchmarks.run import circumstances, there_and_back  # noqa: E402
+from benchmarks.run import begin, circumstances, there_and_back  # noqa: E402
 from benchmarks.serve import NAME, POOL_BYTES, server_options  # noqa: E402
 from benchmarks.vllm_server import VllmServer  # noqa: E402
 from vllm_hybrid.checkpoint.assistant_header import find_assistant_header  # noqa: E402
 
-HERE = Path(__file__).parent
 # What engine.py calls the kinds that have another name here.
 OTHER_NAMES = {"hybrid": "merging"}
 # Numbers of conversations, and so pictures, that no pass has.
@@ -279,12 +278,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=32, help="in all")
     parser.add_argument("--at-once", type=int, default=16)
     parser.add_argument("--passes", type=int, default=2, help="with the same conversations")
-    parser.add_argument("--rounds", type=int, default=2, help="over all servers, every other one backwards")
-    parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    args = parser.parse_args()
-    write(args.checkpoint)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = begin(parser)
     section = json.loads((args.checkpoint / "hybrid.json").read_text())
     section["assistant_header"] = find_assistant_header(args.checkpoint)
     kinds = args.kinds.split(",")

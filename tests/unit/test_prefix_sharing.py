@@ -284,6 +284,16 @@ def test_a_pool_without_room_for_a_copied_block(hybrid: dict[str, Any], more: in
     bench.answered(prompt.text(length - 611, first=5000), 3)
 
 
+def test_no_prompt_is_compared_at_an_end_inside_an_image_at_its_beginning() -> None:
+    bench = Bench(TURN_END)
+    name = bench.ask(Prompt().image("street").text(40).header())
+    bench.finish()
+    keys = bench.requests[name].block_hashes
+    lower, whole = 0, bench.managers[0].block_size // bench.hash_size
+    assert bench.pool.get_cached_block(keys[whole - 1], [lower]) is not None
+    assert all(bench.pool.get_cached_block(key, [lower]) is None for key in keys[: whole - 1])
+
+
 def test_an_image_that_is_lost_costs_no_other() -> None:
     """Also where both are next to each other and the end of the first one ends no block."""
     bench = Bench(MERGES)

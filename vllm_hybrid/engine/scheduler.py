@@ -12,11 +12,13 @@ settings make a step hold at least one image, or one pruned prompt, beside all r
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -124,15 +126,12 @@ class HoleReclaim(_Scheduler):
         filled = []
         for name, number in output.num_scheduled_tokens.items():
             request = self.requests[name]
-            begin = request.num_computed_tokens - number
-            if not request.mm_features or request.mm_features[-1].mm_position.offset < begin:
-                continue
-            for feature in request.mm_features:
+            end = request.num_computed_tokens
+            for feature in _images_beginning(request, end - number, end):
                 start, length = feature.mm_position.offset, feature.mm_position.length
-                if begin <= start < request.num_computed_tokens:
-                    copies = {tier: m.copy_of(name, start) for tier, m in self.tier_managers.items()}
-                    key = self._image_key(request, start)
-                    filled.append(Filling(feature.identifier, start, length, key, copies))
+                copies = {tier: m.copy_of(name, start) for tier, m in self.tier_managers.items()}
+                key = self._image_key(request, start)
+                filled.append(Filling(feature.identifier, start, length, key, copies))
         return filled
 
     def _settle(self, filling: Filling) -> None:
@@ -151,13 +150,16 @@ class HoleReclaim(_Scheduler):
     def add_request(self, request: Request) -> None:
         """vLLM's, with blocks named by all that pruned images depend on."""
         if self.hybrid.prunes and request.mm_features and self.cache_config.enable_prefix_caching:
-            hash_function = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
             request.block_hashes.clear()
-            request._block_hasher = ranked_block_hasher(
-                self.hash_block_size, hash_function, self._ranking_positions
-            )
+            request._block_hasher = self._block_hasher
             request.update_block_hashes()
         super().add_request(request)
+
+    @cached_property
+    def _block_hasher(self) -> Callable[[Request], list[BlockHash]]:
+        """What names the blocks of requests with images that are pruned."""
+        hash_function = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
+        return ranked_block_hasher(self.hash_block_size, hash_function, self._ranking_positions)
 
     def _ranking_positions(self, request: Request) -> list[int]:
         """The position that ranks each image of a request."""
@@ -218,17 +220,20 @@ class HoleReclaim(_Scheduler):
             return False
         if not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return False
-        ahead = [f.mm_position.offset for f in request.mm_features if f.mm_position.offset >= computed]
+        ahead = _images_beginning(request, computed, request.num_tokens)
         if not ahead:
             return False
-        keys = self._image_keys(request, ahead[0], ahead[0] + 1)
+        first = ahead[0].mm_position.offset
+        keys = self._image_keys(request, first, first + 1)
         under_way = (filling.key for filled in self.fillings.values() for filling in filled)
         return not keys.isdisjoint(self.begun) or not keys.isdisjoint(under_way)
 
     def _image_keys(self, request: Request, begin: int, end: int) -> set[BlockHash]:
         """Keys of the blocks in which the images of a stretch of a request begin."""
-        starts = [f.mm_position.offset for f in request.mm_features if begin <= f.mm_position.offset < end]
-        return {key for start in starts if (key := self._image_key(request, start)) is not None}
+        keys = {
+            self._image_key(request, f.mm_position.offset) for f in _images_beginning(request, begin, end)
+        }
+        return {key for key in keys if key is not None}
 
     def _image_key(self, request: Request, start: int) -> BlockHash | None:
         """Key of the block in which a request's image begins; None where the request ends in that block."""
@@ -436,6 +441,15 @@ class HoleReclaim(_Scheduler):
             self.reported = self.totals.copy()
             stats.running_lora_adapters = {f"vllm_hybrid:{name}": n for name, n in news.items()}
         return stats
+
+
+def _images_beginning(request: Request, begin: int, end: int) -> list[MultiModalFeatureSpec]:
+    """A request's images whose first position lies in a stretch."""
+    features = request.mm_features
+    # Most steps are decodes, behind all images.
+    if not features or features[-1].mm_position.offset < begin:
+        return []
+    return [feature for feature in features if begin <= feature.mm_position.offset < end]
 
 
 class HybridScheduler(HoleReclaim, Scheduler):

@@ -53,31 +53,23 @@ class SharedPrefixManager(KVCacheManager):
         if not self.prefix_cache_lookup_enabled(request):
             return self.empty_kv_cache_blocks, 0, 0
         length = request.num_tokens - 1 if max_cache_hit_length is None else max_cache_hit_length
-        matches = [manager.match(request, length) for manager in self.tier_managers]
-        shortened = True
-        while shortened:
+        found = [(manager, manager.match(request, length)) for manager in self.tier_managers]
+        before = None
+        while length != before:
             before = length
-            for manager, match in zip(self.tier_managers, matches, strict=True):
+            for manager, match in found:
                 length = manager.longest(match, length)
             cut = image_around(request, length)
-            length = length if cut is None else cut
-            shortened = length < before
-        blocks = self._take(request, matches, length)
+            length = length if cut is None else cut.offset
+        blocks = _take(request, found, length)
         most = [
             manager.most_blocks(shared, length, request.num_tokens)
-            for manager, shared in zip(self.tier_managers, blocks, strict=True)
+            for (manager, _), shared in zip(found, blocks, strict=True)
         ]
         if sum(most) >= self.block_pool.num_gpu_blocks:
             length = 0
-            blocks = self._take(request, matches, length)
+            blocks = _take(request, found, length)
         return self.create_kv_cache_blocks(blocks), length, 0
-
-    def _take(self, request: Request, matches: list[Match], length: int) -> tuple[list[KVCacheBlock], ...]:
-        """The blocks of each tier for a prefix of a request, whose images it shares from now on."""
-        return tuple(
-            manager.take(request.request_id, match, length)
-            for manager, match in zip(self.tier_managers, matches, strict=True)
-        )
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """A request's blocks in the order of their positions, over all tiers.
@@ -95,3 +87,10 @@ class SharedPrefixManager(KVCacheManager):
     def free(self, request: Request) -> None:
         """Free a request's blocks, the last positions first."""
         self.block_pool.free_blocks(reversed(self.pop_blocks_for_free(request)))
+
+
+def _take(
+    request: Request, found: list[tuple[TierManager, Match]], length: int
+) -> tuple[list[KVCacheBlock], ...]:
+    """The blocks of each tier for a prefix of a request, whose images it shares from now on."""
+    return tuple(manager.take(request.request_id, match, length) for manager, match in found)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
@@ -122,10 +122,10 @@ class TierManager(FullAttentionManager):
 
         Positions of one image cannot differ, so nothing has to be compared.
         """
-        start = image_around(request, match.end)
-        if start is None:
+        image = image_around(request, match.end)
+        if image is None:
             return match
-        end = next(_end(f) for f in request.mm_features if f.mm_position.offset == start)
+        start, end = image.offset, image.offset + image.length
         if end > limit or end - match.end >= self.block_size:
             return match
         copy = match.copies[start]
@@ -250,8 +250,7 @@ class TierManager(FullAttentionManager):
             return
         self._offered[name] = end
         numbers = range(self._first_to_offer(request, offered), -(-end // self.block_size))
-        images = {number: self._images_in(request, number, end) for number in numbers}
-        images = {number: starts for number, starts in images.items() if starts}
+        images = {n: starts for n in numbers if (starts := self._images_in(request, n, end))}
         others = self._in_another_copy(request, images, end)
         if others is None:
             self._displace_copies(request, images, end)
@@ -392,7 +391,7 @@ class TierManager(FullAttentionManager):
         """
         first, last = number * self.block_size, (number + 1) * self.block_size
         ends = range(min(last, end), first, -self._unit)
-        return [position for position in ends if position == last or not image_around(request, position)]
+        return [end for end in ends if end == last or image_around(request, end) is None]
 
     def withdraw_unwritten(self, request_id: str) -> None:
         """Have nobody find the blocks that this step was to write for a request, and will not."""
@@ -436,7 +435,7 @@ def _end(feature: MultiModalFeatureSpec) -> int:
     return feature.mm_position.offset + feature.mm_position.length
 
 
-def image_around(request: Request, end: int) -> int | None:
-    """First position of the image that a prefix up to ``end`` would cut; None where it cuts none."""
-    places = [feature.mm_position for feature in request.mm_features]
-    return next((p.offset for p in places if p.offset < end < p.offset + p.length), None)
+def image_around(request: Request, end: int) -> PlaceholderRange | None:
+    """Place of the image that a prefix up to ``end`` would cut; None where it cuts none."""
+    places = (feature.mm_position for feature in request.mm_features)
+    return next((p for p in places if p.offset < end < p.offset + p.length), None)
