@@ -30,10 +30,13 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_hybrid.frontend.beam_steps import prompt_tokens
+from vllm_hybrid.frontend.metrics import of_level
+from vllm_hybrid.frontend.picture_levels import level_of
 from vllm_hybrid.kv.prefix_keys import ranked_block_hasher
 from vllm_hybrid.kv.shared_prefix import SharedPrefixManager
 from vllm_hybrid.kv.tier_manager import ImageCopy, TierManager
 from vllm_hybrid.kv.tiers import LowerTierSpec, Tier
+from vllm_hybrid.levels import Level
 from vllm_hybrid.method.fastv import live_to_kept
 from vllm_hybrid.method.ranking import ranking_positions
 from vllm_hybrid.startup.settings import hybrid_config
@@ -144,12 +147,13 @@ class HoleReclaim(_Scheduler):
         if live is None:
             return
         for tier, copy in filling.copies.items():
-            used = live_to_kept(live, 0 if tier is Tier.LOWER else self.hybrid.fastv_ratio)
+            ratio = level_of(filling.image, self.hybrid.levels).fastv_ratio
+            used = live_to_kept(live, 0 if tier is Tier.LOWER else ratio)
             self.tier_managers[tier].settle(copy, live, filling.start, used, filling.length)
 
     def add_request(self, request: Request) -> None:
         """vLLM's, with blocks named by all that pruned images depend on."""
-        if self.hybrid.prunes and request.mm_features and self.cache_config.enable_prefix_caching:
+        if self.cache_config.enable_prefix_caching and any(map(self._is_pruned, request.mm_features)):
             request.block_hashes.clear()
             request._block_hasher = self._block_hasher
             request.update_block_hashes()
@@ -161,14 +165,26 @@ class HoleReclaim(_Scheduler):
         hash_function = get_hash_fn_by_name(self.cache_config.prefix_caching_hash_algo)
         return ranked_block_hasher(self.hash_block_size, hash_function, self._ranking_positions)
 
+    def _level(self, image: MultiModalFeatureSpec) -> Level:
+        """The level of an image."""
+        return level_of(image.identifier, self.hybrid.levels)
+
+    def _is_pruned(self, image: MultiModalFeatureSpec) -> bool:
+        """Whether tokens of an image are ranked and dropped."""
+        return self._level(image).prunes
+
     def _ranking_positions(self, request: Request) -> list[int]:
-        """The position that ranks each image of a request."""
+        """The position that ranks each image of a request; its own last one where nothing is dropped."""
         name = request.request_id
         if name not in self.ranked_at:
             ends = [f.mm_position.offset + f.mm_position.length for f in request.mm_features]
-            self.ranked_at[name] = ranking_positions(
+            ranked_at = ranking_positions(
                 request.prompt_token_ids or [], ends, self.hybrid.ranking_header, prompt_tokens(request)
             )
+            self.ranked_at[name] = [
+                position if self._is_pruned(image) else end - 1
+                for image, position, end in zip(request.mm_features, ranked_at, ends, strict=True)
+            ]
         return self.ranked_at[name]
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -257,9 +273,9 @@ class HoleReclaim(_Scheduler):
             new: virtual positions on offer.
 
         Returns:
-            Positions to compute: no image is cut, and while the encoder cache is short none is begun. When
-            tokens are pruned, an image comes with the position that ranks it, and a step that holds one
-            ranked by the prompt's last position ends there.
+            Positions to compute: no image is cut, and while the encoder cache is short none is begun. An
+            image that is pruned comes with the position that ranks it, and a step that holds one ranked by
+            the prompt's last position ends there.
 
         """
         end = computed + new
@@ -267,19 +283,17 @@ class HoleReclaim(_Scheduler):
         ahead = [(number, place) for number, place in places if place.offset >= computed]
         if not ahead or new == 0:
             return new
-        if not self.hybrid.prunes:
-            cut = [p.offset for _, p in ahead if self.encodings_are_short or p.offset + p.length > end]
-            return min([end, *cut]) - computed
         prompt_end = prompt_tokens(request)
         ranked_at = self._ranking_positions(request)
         begun = [(number, p) for number, p in ahead if p.offset < end]
         cut = [p.offset for number, p in begun if self.encodings_are_short or ranked_at[number] >= end]
         end = min([end, *cut])
         begun = [(number, p) for number, p in begun if p.offset < end]
-        if not begun:
+        if not begun and self._is_pruned(request.mm_features[ahead[0][0]]):
             # Nothing is gained by a first piece of text: the image behind it needs a step with room anyway.
             return 0
-        return (min(end, prompt_end) if ranked_at[begun[-1][0]] == prompt_end - 1 else end) - computed
+        ends_there = any(ranked_at[number] == prompt_end - 1 for number, _ in begun)
+        return (min(end, prompt_end) if ends_there else end) - computed
 
     def _note_shortage(self, request: Request, end: int, refused: int, budget: int) -> None:
         """Remember for the rest of the step that a request found no room in the encoder cache.
@@ -408,17 +422,23 @@ class HoleReclaim(_Scheduler):
                 continue
             filled[number] = live
             for manager in managers:
-                self.totals["blocks_given_back"] += manager.give_back(request.request_id, start)
+                freed = manager.give_back(request.request_id, start)
+                self.totals[of_level("blocks_given_back", self._level(feature).name)] += freed
         if len(filled) == len(request.mm_features) and request.request_id not in self.counted:
             self.counted.add(request.request_id)
-            self._count(request, list(filled.values()))
+            for number, live in filled.items():
+                self._count(request.mm_features[number], live)
 
-    def _count(self, request: Request, live: Sequence[int]) -> None:
-        """Add a request's images, by their live tokens, to the totals."""
-        self.totals["images"] += len(live)
-        self.totals["patches"] += sum(feature.mm_position.length for feature in request.mm_features)
-        self.totals["live_tokens"] += sum(live)
-        self.totals["kept_tokens"] += sum(live_to_kept(n, self.hybrid.fastv_ratio) for n in live)
+    def _count(self, image: MultiModalFeatureSpec, live: int) -> None:
+        """Add an image, by its live tokens, to the totals of its level."""
+        level = self._level(image)
+        counts = {
+            "images": 1,
+            "patches": image.mm_position.length,
+            "live_tokens": live,
+            "kept_tokens": live_to_kept(live, level.fastv_ratio),
+        }
+        self.totals.update({of_level(name, level.name): count for name, count in counts.items()})
 
     def _free_request_blocks(self, request: Request) -> None:
         """Forget a finished or preempted request's holes with its blocks."""

@@ -1,4 +1,6 @@
-"""What workers also do in a step: copy page facts with blocks, tell new images' live tokens and lost pages.
+"""What workers also do in a step: tell the model images' levels, the scheduler live tokens and lost pages.
+
+Page facts are copied with the blocks they belong to.
 
 Every platform loads this file, so it imports no platform's worker; `cpu_worker` and `cuda_worker` bind it.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +17,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
 from vllm_hybrid.engine.scheduler import FOREIGN_PAGES, LIVE_COUNTS
+from vllm_hybrid.frontend.picture_levels import tell_level
+from vllm_hybrid.levels import Levels
+from vllm_hybrid.startup.settings import hybrid_config
 
 
 class ForeignPages:
@@ -89,7 +95,14 @@ class StepReports:
     model_runner: Any
     _report: StepReport
 
+    @cached_property
+    def _levels(self) -> Levels:
+        return hybrid_config(self.model_runner.vllm_config.model_config.hf_config).levels
+
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        for request in scheduler_output.scheduled_new_reqs:
+            for feature in request.mm_features:
+                tell_level(feature, self._levels)
         if scheduler_output.kv_cache_block_copies:
             # The runner copies keys and values first thing, for prefixes that end inside a block.
             self.model_runner.get_model().copy_page_facts(scheduler_output.kv_cache_block_copies)

@@ -13,12 +13,15 @@ from typing import Any
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
+from vllm_hybrid.frontend.details import DETAILS
+from vllm_hybrid.frontend.picture_levels import REQUEST_LEVEL
+
 # Key of a prompt on its way to the input processor, and of a request's extra arguments from there on.
 PROMPT_TOKENS = "vllm_hybrid_prompt_tokens"
 
 
 def install() -> None:
-    """Have the prompt of every beam's step say how long the searched prompt was."""
+    """Have the prompt of every beam's step say how long the searched prompt was, and its pictures' levels."""
     # Not at the top: the scheduler, which asks what is said, loads nothing of the API server.
     from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 
@@ -33,6 +36,8 @@ def _saying_prompt_tokens(get_prompt: Callable[[Any], Any]) -> Callable[[Any], A
         prompt = get_prompt(self)
         if prompt["type"] == "multimodal":
             prompt[PROMPT_TOKENS] = len(self.orig_prompt["prompt_token_ids"])
+            said = {key: self.orig_prompt[key] for key in (DETAILS, REQUEST_LEVEL) if key in self.orig_prompt}
+            prompt.update(said)
         return prompt
 
     wrapped.says_prompt_tokens = True  # type: ignore[attr-defined]

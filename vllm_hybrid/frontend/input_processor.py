@@ -12,8 +12,9 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_hybrid.frontend import beam_steps
+from vllm_hybrid.frontend.picture_levels import choose_levels
 from vllm_hybrid.frontend.request_checks import ImageInput, check_request
-from vllm_hybrid.startup.settings import check_options, reduces
+from vllm_hybrid.startup.settings import check_options, hybrid_config, reduces
 
 
 class HybridInputProcessor(InputProcessor):
@@ -24,17 +25,20 @@ class HybridInputProcessor(InputProcessor):
         check_options(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
         self.image = ImageInput.of(vllm_config.model_config)
+        self.levels = hybrid_config(vllm_config.model_config.hf_config).levels
 
     def process_inputs(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> EngineCoreRequest:
-        """vLLM's request for a prompt, checked.
+        """vLLM's request for a prompt, checked, with the levels of its pictures.
 
         Raises:
-            VLLMValidationError, ValueError: vLLM or :func:`request_checks.check_request` refuses it.
+            VLLMValidationError, ValueError: vLLM, :func:`request_checks.check_request` or
+                :func:`picture_levels.choose_levels` refuses it.
 
         """
         try:
             request = super().process_inputs(request_id, prompt, *args, **kwargs)
             check_request(request, self.image)
+            choose_levels(request, prompt, self.levels)
         except Exception:
             self._forget_unsent(prompt)
             raise

@@ -18,12 +18,15 @@ from vllm_hybrid.checkpoint.llava import ARCHITECTURE
 
 PREFIX = "vllm_hybrid:"
 _LABELS = ("model_name", "engine")
-_MEANINGS = {
+# Of images, so that each says at which level.
+_IMAGE_MEANINGS = {
     "images": "Images prefilled.",
     "patches": "Patches of those images: the tokens the full model would have computed.",
     "live_tokens": "Image tokens left after merging.",
     "kept_tokens": "Image tokens left after pruning.",
     "blocks_given_back": "KV blocks freed inside holes while their requests went on.",
+}
+_MEANINGS = {
     "requests_with_foreign_pages": "Requests ended with an error: a KV page of theirs held another's data.",
 }
 
@@ -31,16 +34,26 @@ _MEANINGS = {
 @functools.cache
 def counters() -> dict[str, Counter]:
     """The process's counters by name, registered once."""
-    return {name: Counter(PREFIX + name, meaning, _LABELS) for name, meaning in _MEANINGS.items()}
+    of_images = {
+        name: Counter(PREFIX + name, it, (*_LABELS, "level")) for name, it in _IMAGE_MEANINGS.items()
+    }
+    return of_images | {name: Counter(PREFIX + name, it, _LABELS) for name, it in _MEANINGS.items()}
 
 
-def _reduces(hf_config: Any) -> bool:
+def of_level(name: str, level: str) -> str:
+    """What the count of a level's images is called on the way here."""
+    return f"{name}:{level}"
+
+
+def _levels(hf_config: Any) -> tuple[str, ...]:
+    """Names of a model's levels; none where nothing is reduced."""
     if ARCHITECTURE not in (getattr(hf_config, "architectures", None) or []):
-        return False
+        return ()
     # Not at the top: this file is loaded for every model, and must not fail for one that is not ours.
     from vllm_hybrid.startup.settings import hybrid_config
 
-    return hybrid_config(hf_config).active
+    hybrid = hybrid_config(hf_config)
+    return hybrid.levels.names if hybrid.active else ()
 
 
 class HybridStatLogger(StatLoggerBase):
@@ -48,7 +61,7 @@ class HybridStatLogger(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self.labels = (vllm_config.model_config.served_model_name, str(engine_index))
-        self.reduces = _reduces(vllm_config.model_config.hf_config)
+        self.levels = _levels(vllm_config.model_config.hf_config)
 
     def record(
         self,
@@ -58,15 +71,20 @@ class HybridStatLogger(StatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Add what the scheduler counted to the counters."""
-        if scheduler_stats is None or not self.reduces:
+        if scheduler_stats is None or not self.levels:
             return
         for key, count in scheduler_stats.running_lora_adapters.items():
-            name = key.removeprefix(PREFIX)
-            if name in _MEANINGS and name != key:
-                counters()[name].labels(*self.labels).inc(count)
+            if not key.startswith(PREFIX):
+                continue
+            name, *level = key.removeprefix(PREFIX).split(":", 1)
+            if name in counters():
+                counters()[name].labels(*self.labels, *level).inc(count)
 
     def log_engine_initialized(self) -> None:
         """Show the counters at zero once an engine that may move them is up."""
-        if self.reduces:
-            for counter in counters().values():
-                counter.labels(*self.labels)
+        if not self.levels:
+            return
+        for name, counter in counters().items():
+            levels = [[level] for level in self.levels] if name in _IMAGE_MEANINGS else [[]]
+            for level in levels:
+                counter.labels(*self.labels, *level)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import MultiModalInput
 from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
 from vllm.multimodal.parse import (
     ImageEmbeddingItems,
@@ -17,8 +18,10 @@ from vllm.multimodal.parse import (
     ModalityDataItems,
     MultiModalDataParser,
 )
+from vllm.multimodal.processing import ProcessorInputs
 
 from vllm_hybrid.checkpoint.image_processor import check_size
+from vllm_hybrid.frontend.details import DETAILS
 from vllm_hybrid.frontend.request_checks import ImageInput
 from vllm_hybrid.startup.settings import hybrid_config
 
@@ -58,7 +61,15 @@ class CheckingParser(MultiModalDataParser):
 
 
 class CheckingProcessor(LlavaMultiModalProcessor):
-    """vLLM's processor, which takes no picture that would grow beyond all memory."""
+    """vLLM's processor, which takes no picture that would grow beyond all memory, and passes details on."""
+
+    def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> MultiModalInput:
+        """vLLM's processed prompt, with the details of its pictures."""
+        processed: Any = super().apply(inputs, *args, **kwargs)
+        details = (inputs.mm_uuid_items or {}).get(DETAILS)
+        if details is not None:
+            processed[DETAILS] = details
+        return processed
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]

@@ -9,29 +9,20 @@ from fractions import Fraction
 import torch
 
 
-@functools.lru_cache(maxsize=64)
-def _kept_table(size: int, ratio: float, device: torch.device) -> torch.Tensor:
-    """int64 [size]: tokens kept of n, for every n, by the rule the scheduler uses too."""
-    return torch.tensor([live_to_kept(n, ratio) for n in range(size)], device=device)
-
-
-def select_tokens(importance: torch.Tensor, lengths: torch.Tensor, ratio: float) -> torch.Tensor:
+def select_tokens(importance: torch.Tensor, lengths: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Keep each image's most important tokens; the host does not wait for the device.
 
     Args:
         importance: float [tokens], all images' live tokens one after the other; no NaN.
         lengths: int64 [images], live tokens of each image.
-        ratio: share to drop, in [0, 1).
+        kept: int64 [images], how many to keep of each, see :func:`live_to_kept`.
 
     Returns:
-        bool [tokens]: per image the ceil((1 - ratio) * n) most important, at least one, ties to the
-        earlier token.
+        bool [tokens]: each image's most important, ties to the earlier token.
 
     """
     device = importance.device
     tokens = importance.shape[0]
-    # The next power of two bounds every length and lets few tables serve all steps.
-    kept = _kept_table(1 << tokens.bit_length(), ratio, device)[lengths]
     image = torch.arange(lengths.shape[0], device=device).repeat_interleave(lengths, output_size=tokens)
     by_importance = importance.argsort(descending=True, stable=True)
     order = by_importance[image[by_importance].argsort(stable=True)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_hybrid.method.fastv import live_to_kept
 from vllm_hybrid.method.ranking import header_end_rows
 
 
@@ -45,6 +46,7 @@ class StepImages:
         owner: int64 [images, patches], the live token (0 .. n-1) that holds each patch.
         first_rows: ``first_row`` on the host.
         counts: live tokens of each image, on the host: what every shape of the step follows from.
+        ratios: share of each image's live tokens to drop, R.
         header_ends: virtual row at which the first assistant header behind each image ends, on the host, see
             :func:`vllm_hybrid.method.ranking.header_end_rows`; None where no header was looked for.
 
@@ -54,34 +56,49 @@ class StepImages:
     owner: torch.Tensor
     first_rows: list[int]
     counts: list[int]
+    ratios: list[float]
     header_ends: list[int] | None = None
 
     @classmethod
     def of(
-        cls, first_rows: list[int], owner: torch.Tensor, token_ids: torch.Tensor, header: Sequence[int] = ()
+        cls,
+        first_rows: list[int],
+        owner: torch.Tensor,
+        level: torch.Tensor,
+        level_ratios: Sequence[float],
+        token_ids: torch.Tensor,
+        header: Sequence[int] = (),
     ) -> StepImages:
         """Images at known rows; reads what only the device knows of them in the step's one round trip.
 
         Args:
             first_rows: virtual row of each image's patch 0.
             owner: int64 [images, patches], the live token that holds each patch.
+            level: int64 [images], number of the level of each image.
+            level_ratios: share of an image's live tokens to drop at each level.
             token_ids: int [N], of the virtual rows.
             header: token ids of the assistant header to look for; empty for none.
 
         """
         first_row = to_device(first_rows, owner.device)
-        unread = [owner.amax(dim=1) + 1]
+        unread = [owner.amax(dim=1) + 1, level]
         if header:
             image_ends = first_row + owner.shape[1]
             unread.append(header_end_rows(token_ids, image_ends, to_device(header, owner.device)))
-        counts, *header_ends = torch.stack(unread).tolist()
-        return cls(first_row, owner, first_rows, counts, *header_ends)
+        counts, levels, *header_ends = torch.stack(unread).tolist()
+        ratios = [level_ratios[number] for number in levels]
+        return cls(first_row, owner, first_rows, counts, ratios, *header_ends)
 
     @property
     def patch_rows(self) -> torch.Tensor:
         """int64 [images, patches]: the virtual row of every patch."""
         patches = torch.arange(self.owner.shape[1], device=self.owner.device)
         return self.first_row[:, None] + patches
+
+    @property
+    def kept_counts(self) -> list[int]:
+        """Live tokens that FastV keeps of each image, on the host."""
+        return [live_to_kept(live, ratio) for live, ratio in zip(self.counts, self.ratios, strict=True)]
 
     @property
     def live_counts(self) -> torch.Tensor:
@@ -140,14 +157,13 @@ def plan_live_rows(num_rows: int, images: StepImages) -> RowPlan:
     return RowPlan(rows=rows, row_of=row_of, stored_at=rows, image=image_of[rows])
 
 
-def plan_kept_rows(lower: RowPlan, images: StepImages, keep: torch.Tensor, kept_images: int) -> RowPlan:
+def plan_kept_rows(lower: RowPlan, images: StepImages, keep: torch.Tensor) -> RowPlan:
     """The upper tier's rows: the lower tier's without the image tokens FastV dropped.
 
     Args:
         lower: the lower tier's plan of the same step.
         images: the images of the step.
         keep: bool [R of lower], true for every text row and every kept live token.
-        kept_images: image tokens kept, over all images.
 
     Returns:
         The plan; kept tokens of an image move up to its first slots, in their old order.
@@ -155,7 +171,7 @@ def plan_kept_rows(lower: RowPlan, images: StepImages, keep: torch.Tensor, kept_
     """
     compact = keep.cumsum(0) - 1
     row_of = torch.where(keep[lower.row_of], compact[lower.row_of], -1)
-    kept = true_places(keep, lower.rows.shape[0] - sum(images.counts) + kept_images)
+    kept = true_places(keep, lower.rows.shape[0] - sum(images.counts) + sum(images.kept_counts))
     image = lower.image[kept]
     # Number of a kept token inside its image: kept rows before it less kept rows before its image.
     first_live = lower.row_of.new_zeros(images.first_row.shape[0])

@@ -192,7 +192,7 @@ class LiveTokens:
         return cls(tokens.hidden[row], image, index, tokens.owner, counts)
 
 
-def merge(tokens: PackedTokens, metric: torch.Tensor, threshold: float | None) -> PackedTokens:
+def merge(tokens: PackedTokens, metric: torch.Tensor, threshold: float | torch.Tensor | None) -> PackedTokens:
     """Merge similar tokens inside each image (DyMU section 3.1, on ToMe's bipartite matching, section 3).
 
     Tokens at even index (A) merge into their most similar token at odd index (B), the earlier of equals,
@@ -204,14 +204,17 @@ def merge(tokens: PackedTokens, metric: torch.Tensor, threshold: float | None) -
     Args:
         tokens: the tokens.
         metric: [T, D], keys averaged over heads; normalised here.
-        threshold: least cosine, exclusive; None or infinity merges nothing and costs nothing.
+        threshold: least cosine, exclusive; None or infinity merges nothing and costs nothing. Or float32
+            [images], one for each image.
 
     Returns:
         The merged tokens: of each image that merges the unmerged A tokens in index order, then the B
         tokens.
 
     """
-    if threshold is None or threshold == math.inf:
+    if isinstance(threshold, torch.Tensor):
+        threshold = threshold[:, None]
+    elif threshold is None or threshold == math.inf:
         return tokens
     best, into = match(tokens, metric)
     return join(tokens, best > threshold, into)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch
 from vllm.model_executor.models.clip import CLIPEncoderLayer, CLIPVisionModel
 
 from vllm_hybrid.attention.select import AnyAttentionOps
+from vllm_hybrid.levels import Thresholds
 from vllm_hybrid.method.token_merging import LiveTokens, PackedTokens, merge
 from vllm_hybrid.models.row_padding import map_row_chunks
 from vllm_hybrid.models.tensor_parallel import sum_over_ranks
@@ -17,7 +19,7 @@ from vllm_hybrid.models.tensor_parallel import sum_over_ranks
 def encode_merged(
     tower: CLIPVisionModel,
     pixel_values: torch.Tensor,
-    thresholds: Sequence[float | None],
+    thresholds: Sequence[Thresholds | None],
     ops: AnyAttentionOps,
 ) -> LiveTokens:
     """Run the tower's executed layers, merging tokens in each (DyMU, arXiv 2504.17040, section 3.1).
@@ -25,7 +27,8 @@ def encode_merged(
     Args:
         tower: the tower, built up to the feature layer.
         pixel_values: [images, 3, height, width].
-        thresholds: one per executed layer; None merges nothing there. Empty: nothing merges at all.
+        thresholds: of each image, one per executed layer, where None merges nothing; None: nothing of the
+            image merges at all.
         ops: who attends.
 
     Returns:
@@ -36,13 +39,25 @@ def encode_merged(
     hidden = model.pre_layrnorm(model.embeddings(pixel_values.to(model.dtype)))
     tokens = PackedTokens.start(hidden)
     layers = model.encoder.layers
-    for layer, threshold in zip(layers, thresholds or [None] * len(layers), strict=True):
+    for layer, threshold in zip(layers, _by_layer(thresholds, len(layers), hidden.device), strict=True):
         attended, metric = _attend(layer, tokens, ops, threshold is not None)
         tokens.hidden = tokens.hidden + attended
         if threshold is not None:
             tokens = merge(tokens, metric, threshold)
         tokens.hidden = map_row_chunks(partial(_add_mlp, layer), tokens.hidden)
     return LiveTokens.of(tokens)
+
+
+def _by_layer(
+    thresholds: Sequence[Thresholds | None], layers: int, device: torch.device
+) -> list[torch.Tensor | None]:
+    """For each layer float32 [images], infinity where nothing merges; None where no image merges."""
+    images = [[None] * layers if own is None else own for own in thresholds]
+    values = [[math.inf if own[layer] is None else own[layer] for own in images] for layer in range(layers)]
+    on_host = torch.tensor(values, dtype=torch.float32, pin_memory=device.type == "cuda")
+    rows = on_host.to(device, non_blocking=True)
+    merging = [any(value != math.inf for value in row) for row in values]
+    return [row if merges else None for row, merges in zip(rows, merging, strict=True)]
 
 
 def _add_mlp(layer: CLIPEncoderLayer, rows: torch.Tensor) -> torch.Tensor:

@@ -315,7 +315,6 @@ class HybridLlamaModel(nn.Module):
             positions=positions[: common.num_actual_tokens].long(),
             query_start_loc_cpu=common.query_start_loc_cpu[: common.num_reqs + 1].tolist(),
             images=images,
-            prunes=self.hybrid.prunes,
         )
         return self._forward_live_rows(step, metadata, hidden_states)
 
@@ -359,10 +358,10 @@ class HybridLlamaModel(nn.Module):
         positions = _rope_positions(live, step, rows.shape[0])
         hidden_states, residual, *queries = self._stacks[0](positions, hidden_states)
         if len(self._stacks) > 1:
-            if step.images is not None:
+            if step.ranking_queries:
                 importance = self._importance(queries[0], metadata[0].plan)
                 heads = self.config.num_attention_heads
-                row_plan = step.upper_rows(live, importance, self.hybrid.fastv_ratio, heads)
+                row_plan = step.upper_rows(live, importance, heads)
                 rows = pad_to_bucket(row_plan.rows)
                 kept = torch.searchsorted(live.rows, rows)
                 hidden_states, residual = hidden_states[kept], residual[kept]

@@ -22,8 +22,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from vllm_hybrid.config import HybridConfig
+from vllm_hybrid.frontend.picture_levels import LEVEL_NUMBER
 from vllm_hybrid.frontend.processing_info import CheckingProcessor, HybridProcessingInfo
-from vllm_hybrid.method.row_plan import RowPlan, StepImages
+from vllm_hybrid.levels import FULL
+from vllm_hybrid.method.row_plan import RowPlan, StepImages, to_device
 from vllm_hybrid.models import encoder_output
 from vllm_hybrid.models.clip import encode_merged
 from vllm_hybrid.models.llama import HybridLlamaForCausalLM
@@ -39,7 +41,7 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
 
     With nothing switched on this is vLLM's own LLaVA. An image's encoder output has one row per patch,
     as vLLM expects: the live tokens' features fill the first rows, and behind the features every row
-    carries the live token that owns *its* patch.
+    carries the live token that owns *its* patch, and the image's level.
     """
 
     # The hub writes the tower's weights with "vision_model.", transformers 5 without.
@@ -98,16 +100,16 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
-        """Encode images.
+        """Encode images, each at its own level; those that come without one, in profiling runs, whole.
 
         Returns:
-            One tensor [patches, hidden + 2] per image: the live tokens' features in the first rows, zeros
-            below, and in the last two channels the owner of each patch. With nothing switched on,
-            vLLM's [patches, hidden].
+            One tensor [patches, hidden + 3] per image, see :func:`encoder_output.encode`: the live tokens'
+            features in the first rows, zeros below. With nothing switched on, vLLM's [patches, hidden].
 
         """
         if not self.hybrid.active:
             return super().embed_multimodal(**kwargs)
+        asked: Any = kwargs.pop(LEVEL_NUMBER, None)
         image_input = self._parse_and_validate_image_input(**kwargs)
         if image_input is None:
             return []
@@ -115,14 +117,23 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
             # Features computed elsewhere come unmerged, in the model's dtype (`ImageInput.embeddings`).
             features = torch.stack(list(image_input["data"]))
             owner = torch.arange(self.patches, device=features.device).expand(features.shape[0], -1)
-            return self._remember(encoder_output.encode(features, owner), [self.patches] * len(features))
-        pixel_values, thresholds = image_input["pixel_values"], self.hybrid.thresholds or ()
+            level = self._level_numbers(asked, len(features))
+            outputs = encoder_output.encode(features, owner, to_device(level, features.device))
+            return self._remember(outputs, [self.patches] * len(features))
+        pixel_values = image_input["pixel_values"]
+        level = self._level_numbers(asked, len(pixel_values))
+        thresholds = [self.hybrid.levels.all[number].thresholds for number in level]
         ops = self.language_model.model.attention_ops
         live = encode_merged(self.vision_tower, pixel_values, thresholds, ops)
         projected = map_row_chunks(self.multi_modal_projector, live.features)
         features = projected.new_zeros(len(live.counts), self.patches, projected.shape[1])
         features[live.image, live.index] = projected
-        return self._remember(encoder_output.encode(features, live.owner), live.counts)
+        outputs = encoder_output.encode(features, live.owner, to_device(level, features.device))
+        return self._remember(outputs, live.counts)
+
+    def _level_numbers(self, asked: Sequence[int] | None, images: int) -> list[int]:
+        """The number of each image's level; a profiling run's are as costly as any can be."""
+        return [self.hybrid.levels.number(FULL)] * images if asked is None else list(asked)
 
     def _remember(self, outputs: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
         """The outputs, whose live tokens are known from here on."""
@@ -133,7 +144,7 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         """Live tokens of encoder outputs; those that were made elsewhere cost a round trip to the device."""
         unknown = [output for output in outputs if output not in self._live_counts]
         if unknown:
-            _, owner = encoder_output.decode(unknown)
+            _, owner, _ = encoder_output.decode(unknown)
             self._live_counts.update(zip(unknown, (owner.amax(dim=1) + 1).tolist(), strict=True))
         return [self._live_counts[output] for output in outputs]
 
@@ -172,10 +183,12 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
             return super().embed_input_ids(input_ids, None, is_multimodal=is_multimodal)
         assert is_multimodal is not None
         encoder_output.check(multimodal_embeddings, self.patches, self.config.text_config.hidden_size)
-        features, owner = encoder_output.decode(multimodal_embeddings)
+        features, owner, level = encoder_output.decode(multimodal_embeddings)
         # Both runners hand the mask over on the host, so finding the images asks the device nothing.
         first_rows = is_multimodal.nonzero()[:, 0].view(-1, self.patches)[:, 0].tolist()
-        self._images = StepImages.of(first_rows, owner, input_ids, self.hybrid.ranking_header)
+        ratios = [each.fastv_ratio for each in self.hybrid.levels]
+        header = self.hybrid.ranking_header
+        self._images = StepImages.of(first_rows, owner, level, ratios, input_ids, header)
         return super().embed_input_ids(input_ids, features, is_multimodal=is_multimodal)
 
     def forward(

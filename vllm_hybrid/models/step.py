@@ -20,7 +20,7 @@ from vllm_hybrid.attention.interface import (
 )
 from vllm_hybrid.attention.select import AnyAttentionOps
 from vllm_hybrid.kv.page_facts import START, new_page_facts, plan_facts
-from vllm_hybrid.method.fastv import live_to_kept, select_tokens
+from vllm_hybrid.method.fastv import select_tokens
 from vllm_hybrid.method.row_plan import (
     RowPlan,
     StepImages,
@@ -118,14 +118,12 @@ class Step:
         positions: int64 [N], virtual position of each virtual row.
         query_start_loc_cpu: entries r and r + 1 bound the virtual rows of request r.
         images: the images whose patches are in the step, None where there are none.
-        prunes: whether image tokens are ranked and dropped after the lower tier.
 
     """
 
     positions: torch.Tensor
     query_start_loc_cpu: list[int]
     images: StepImages | None
-    prunes: bool
 
     def lower_rows(self) -> RowPlan:
         """The live rows."""
@@ -135,31 +133,34 @@ class Step:
 
     @cached_property
     def ranking_queries(self) -> list[RankingQuery]:
-        """The queries that rank the step's images; each ranks the images behind the one before it.
+        """The queries that rank the step's images, where tokens of them are dropped.
+
+        Each ranks the images behind the one before it, also those between them that lose nothing.
 
         An image's ranking row is the end of the first assistant header behind it, or else the last row of its
         request: the scheduler ends a step there, at the prompt's last position, where no header follows. A
         header behind the last row is another request's.
         """
-        if self.images is None or not self.prunes:
+        if self.images is None:
             return []
         starts, first_rows = self.query_start_loc_cpu, self.images.first_rows
         header_ends = self.images.header_ends or [starts[-1]] * len(first_rows)
         queries: dict[int, RankingQuery] = {}
-        for first_row, header_end in zip(first_rows, header_ends, strict=True):
+        for first_row, header_end, ratio in zip(first_rows, header_ends, self.images.ratios, strict=True):
+            if ratio == 0:
+                continue
             request = bisect_right(starts, first_row) - 1
             row = min(header_end, starts[request + 1] - 1)
             queries.setdefault(row, RankingQuery(request, row, first_row))
         return list(queries.values())
 
-    def upper_rows(self, lower: RowPlan, importance: torch.Tensor, ratio: float, heads: int) -> RowPlan:
+    def upper_rows(self, lower: RowPlan, importance: torch.Tensor, heads: int) -> RowPlan:
         """The rows FastV keeps, in a step with images.
 
         Args:
             lower: the live rows.
             importance: float32 [R of lower], what its ranking query gives each row, summed over the heads at
                 hand.
-            ratio: share of each image's live tokens to drop, R.
             heads: attention heads over all ranks.
 
         """
@@ -171,10 +172,10 @@ class Step:
         mean.index_fill_(0, lower.row_of[ranking], float("inf"))
         is_image = lower.image >= 0
         image_rows = true_places(is_image, sum(images.counts))
-        selected = select_tokens(mean[image_rows], images.live_counts, ratio)
+        kept = to_device(images.kept_counts, mean.device)
+        selected = select_tokens(mean[image_rows], images.live_counts, kept)
         keep = (~is_image).index_copy(0, image_rows, selected)
-        kept_images = sum(live_to_kept(n, ratio) for n in images.counts)
-        return plan_kept_rows(lower, images, keep, kept_images)
+        return plan_kept_rows(lower, images, keep)
 
     def slots(self, row_plan: RowPlan, common: CommonAttentionMetadata) -> torch.Tensor:
         """vLLM's slot, int64 [R], of each row of a tier; negative where there is none."""

@@ -13,8 +13,10 @@ from vllm_hybrid.config import check_keys
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-# They name a level of the thresholds and have no meaning without levels.
-LEVEL_KEYS = ("default_level", "level")
+# They name levels and have no meaning without them.
+CHOOSING_KEYS = ("default_level", "level", "detail")
+# What is one for all levels, where a section has no ``levels``.
+SETTING_KEYS = ("thresholds", "fastv_ratio")
 
 
 def merged(stored: Any, override: Any) -> Any:
@@ -25,11 +27,13 @@ def merged(stored: Any, override: Any) -> Any:
         override: keys to change, None for a key that is to go; None altogether for no section.
 
     Returns:
-        A new section. It is not validated; :meth:`HybridConfig.parse` does that. Where thresholds without
-        levels, or none, take the place of others, the names of levels that the override does not give go too.
+        A new section. It is not validated; :meth:`HybridConfig.parse` does that. ``levels`` are merged level
+        by level and key by key, and take the place of thresholds and a ratio for all. Where names of levels
+        lose their levels, those that the override does not give go too.
 
     Raises:
-        ValueError: a key of the override is not known, or the checkpoint's section is no object.
+        ValueError: a key of the override is not known, the checkpoint's section is no object, or the override
+            gives what each level of the checkpoint has for itself.
 
     """
     if not isinstance(override, dict):
@@ -38,14 +42,51 @@ def merged(stored: Any, override: Any) -> Any:
         raise ValueError(f"hybrid in config.json is {stored!r}; make it an object, or null")
     section = dict(stored or {})
     check_keys(key for key in override if key not in section)
-    if "thresholds" in override and not isinstance(override["thresholds"], dict):
-        for key in LEVEL_KEYS:
+    if section.get("levels") is not None and "levels" not in override:
+        _check_for_all_levels(override)
+    if _renames_levels(section, override):
+        for key in CHOOSING_KEYS:
+            section.pop(key, None)
+    if override.get("levels") is not None:
+        for key in SETTING_KEYS:
             section.pop(key, None)
     for key, value in override.items():
+        if key == "levels" and isinstance(value, dict) and isinstance(section.get(key), dict):
+            value = _merged_levels(section[key], value)
         section.pop(key, None)
         if value is not None:
             section[key] = value
     return section
+
+
+def _check_for_all_levels(override: dict[str, Any]) -> None:
+    """Refuse what a section with ``levels`` has for each of them."""
+    for key in SETTING_KEYS:
+        if key in override:
+            raise ValueError(
+                f"hybrid.{key} is overridden, but hybrid.levels has one for each level; override "
+                f"hybrid.levels.NAME.{key}, or choose a level with hybrid.level"
+            )
+
+
+def _renames_levels(section: dict[str, Any], override: dict[str, Any]) -> bool:
+    """Whether an override puts settings in the place of others whose names it does not know."""
+    if "levels" in override:
+        return override["levels"] is None or "levels" not in section
+    return "thresholds" in override and not isinstance(override["thresholds"], dict)
+
+
+def _merged_levels(stored: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """Levels with an override applied: null takes a level away, or a key of one."""
+    levels = dict(stored)
+    for name, change in override.items():
+        before = levels.pop(name, None)
+        if change is None:
+            continue
+        if isinstance(change, dict) and isinstance(before, dict):
+            change = {key: value for key, value in (before | change).items() if value is not None}
+        levels[name] = change
+    return levels
 
 
 def differences(stored: Any, section: Any) -> list[str]:

@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE, check_format, check_shape, merging_layers, read_config
 from vllm_hybrid.checkpoint.weights import check_weights
 from vllm_hybrid.config import PROMPT_END, TURN_END, HybridConfig
+from vllm_hybrid.levels import HIGH, LOW, Level
 from vllm_hybrid.startup import overrides
 
 # vLLM shows what its own loggers and those below them say.
@@ -148,18 +149,30 @@ def _graph_mode(vllm_config: VllmConfig) -> str:
 
 
 def describe(hybrid: HybridConfig, overridden: Sequence[str] = ()) -> str:
-    """One line that says what is switched on, and what was overridden."""
-    parts = [] if hybrid.active else ["no merging, no pruning: vLLM's own LLaVA serves"]
-    if hybrid.merges:
-        level = f" (level {hybrid.level})" if hybrid.level else ""
-        parts.append(f"merging in the vision tower{level}, virtual unmerging")
+    """What is switched on, by level, what a picture's ``detail`` means, and what was overridden."""
+    sentences = ["No merging, no pruning: vLLM's own LLaVA serves."]
+    if hybrid.active:
+        default = hybrid.levels.default.name
+        sentences = [
+            f"Level {level.name}{' (default)' * (level.name == default)}: {_does(level)}."
+            for level in hybrid.levels
+        ]
+        meant = [f"{said} is {name}" for said, name in hybrid.levels.details if said in (LOW, HIGH)]
+        sentences.append(f"Detail auto is {', '.join([default, *meant])}.")
     if hybrid.prunes:
-        parts.append(
-            f"FastV pruning after layer {hybrid.fastv_layer} of {hybrid.fastv_ratio:g} of an image's tokens, "
-            f"ranked by {RANKED_BY[hybrid.fastv_rank]}"
-        )
-    changes = f" Overridden: {'; '.join(overridden)}." if overridden else ""
-    return f"{', '.join(parts)}.{changes}"
+        rank = RANKED_BY[hybrid.fastv_rank]
+        sentences.append(f"FastV prunes after layer {hybrid.fastv_layer}, ranked by {rank}.")
+    if overridden:
+        sentences.append(f"Overridden: {'; '.join(overridden)}.")
+    return " ".join(sentences)
+
+
+def _does(level: Level) -> str:
+    """What a level does to a picture's tokens."""
+    parts = ["merging in the vision tower, virtual unmerging"] if level.merges else []
+    if level.prunes:
+        parts.append(f"FastV pruning of {level.fastv_ratio:g} of them")
+    return ", ".join(parts) or "all tokens"
 
 
 def reduces(vllm_config: VllmConfig) -> bool:

@@ -1,0 +1,96 @@
+"""OpenAI's ``detail`` of a picture, on its way from a part of a chat message to the input processor.
+
+vLLM takes a message apart into text and pictures and forgets what else a part says. Here the details of a
+conversation's pictures travel with their uuids as far as the model's processor, and from there in the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from vllm_hybrid.checkpoint.llava import ARCHITECTURE
+
+# Key of the details beside the uuids of a prompt's pictures, and of the processed prompt.
+DETAILS = "vllm_hybrid_details"
+_PICTURES = ("image", "image_embeds")
+
+# The details of the conversations that are being taken apart, one for each picture.
+_noted: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+
+
+def install() -> None:
+    """Have vLLM keep the details of pictures in messages to our architecture."""
+    # Not at the top: only processes that read messages need it.
+    from vllm.renderers import chat_utils
+
+    parse = chat_utils._parse_chat_message_content_part
+    if getattr(parse, "notes_detail", False):
+        return
+    chat_utils._parse_chat_message_content_part = _noting_detail(parse)
+    single, several = chat_utils.MultiModalItemTracker, chat_utils.AsyncMultiModalItemTracker
+    single.resolve_items = _telling_details(single.resolve_items)
+    several.resolve_items = _telling_details_async(several.resolve_items)
+
+
+def detail_of(part: Any) -> Any:
+    """What a part of a message says about the detail of its picture; None where it says nothing."""
+    if not isinstance(part, dict):
+        return None
+    image = part.get("image_url")
+    inside = image.get("detail") if isinstance(image, dict) else None
+    return part.get("detail") if inside is None else inside
+
+
+def _without_detail(part: Any) -> Any:
+    """A part as vLLM may see it: it takes no ``detail`` but OpenAI's."""
+    if not isinstance(part, dict):
+        return part
+    part = {**part, "detail": "auto"} if "detail" in part else part
+    if isinstance(image := part.get("image_url"), dict) and "detail" in image:
+        part = {**part, "image_url": {key: value for key, value in image.items() if key != "detail"}}
+    return part
+
+
+def _noting_detail(parse: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(part: Any, mm_parser: Any, **options: Any) -> Any:
+        if mm_parser.model_config.architecture != ARCHITECTURE:
+            return parse(part, mm_parser, **options)
+        tracker = mm_parser._tracker
+        before = _pictures(tracker)
+        parsed = parse(_without_detail(part), mm_parser, **options)
+        if _pictures(tracker) > before:
+            _noted.setdefault(tracker, []).append(detail_of(part))
+        return parsed
+
+    wrapped.notes_detail = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _pictures(tracker: Any) -> int:
+    return sum(len(tracker._items_by_modality.get(modality, ())) for modality in _PICTURES)
+
+
+def _telling_details(resolve_items: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def wrapped(self: Any) -> Any:
+        data, uuids = resolve_items(self)
+        return data, _with_details(self, uuids)
+
+    return wrapped
+
+
+def _telling_details_async(resolve_items: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    async def wrapped(self: Any) -> Any:
+        data, uuids = await resolve_items(self)
+        return data, _with_details(self, uuids)
+
+    return wrapped
+
+
+def _with_details(tracker: Any, uuids: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The uuids of a conversation's pictures, with the details that were noted beside them."""
+    details = _noted.pop(tracker, [])
+    if uuids is None or all(detail is None for detail in details):
+        return uuids
+    return {**uuids, DETAILS: details}

@@ -1,0 +1,114 @@
+"""At which level a request's pictures are served: what was asked for, and how the engine is told.
+
+The level becomes part of a picture's identifier. So a picture at two levels is two pictures to whatever goes
+by identifiers: the encoder cache, the prefix cache, live counts. The cache of processed pictures goes by the
+hash of their content instead: a picture's pixels are the same at all levels, and are kept once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+)
+from vllm.v1.engine import EngineCoreRequest
+
+from vllm_hybrid.frontend.details import DETAILS
+from vllm_hybrid.levels import Level, Levels
+
+# The extra argument of a request that names the level of all its pictures, in ``vllm_xargs``; also the key of
+# a prompt on its way to the input processor.
+REQUEST_LEVEL = "hybrid_level"
+# The model's argument that carries the number of each picture's level.
+LEVEL_NUMBER = "hybrid_level_number"
+_MARK = "@"
+
+
+def install() -> None:
+    """Have the prompts of the server's chat requests say at which level the request wants its pictures.
+
+    A beam search does not pass on what else a request says.
+    """
+    # Not at the top: the scheduler, which asks for levels, loads nothing of the API server.
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    preprocess_chat = OnlineRenderer.preprocess_chat
+    if not getattr(preprocess_chat, "says_level", False):
+        OnlineRenderer.preprocess_chat = _saying_level(preprocess_chat)
+
+
+def _saying_level(preprocess_chat: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def wrapped(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        conversation, prompts = await preprocess_chat(self, request, *args, **kwargs)
+        asked = (getattr(request, "vllm_xargs", None) or {}).get(REQUEST_LEVEL)
+        for prompt in prompts:
+            if asked is not None and prompt["type"] == "multimodal":
+                prompt[REQUEST_LEVEL] = asked
+        return conversation, prompts
+
+    wrapped.says_level = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def choose_levels(request: EngineCoreRequest, prompt: Any, levels: Levels) -> None:
+    """Give each of a request's pictures the level that was asked for.
+
+    What a request says for all its pictures goes before the ``detail`` of each.
+
+    Args:
+        request: the request made of the prompt; the identifiers of its pictures are changed.
+        prompt: the prompt as the input processor got it.
+        levels: the model's.
+
+    Raises:
+        VLLMValidationError: a level or detail is not known; the sentence lists what is.
+
+    """
+    features = request.mm_features
+    if not features:
+        return
+    params = request.sampling_params
+    asked = ((params.extra_args if params is not None else None) or {}).get(REQUEST_LEVEL)
+    said = prompt if isinstance(prompt, dict) else {}
+    asked = said.get(REQUEST_LEVEL) if asked is None else asked
+    details = said.get(DETAILS) or [None] * len(features)
+    for feature, detail in zip(features, details, strict=True):
+        level = _level(levels, asked, detail)
+        feature.identifier = f"{feature.identifier}{_MARK}{level.name}"
+
+
+def _level(levels: Levels, asked: object, detail: object) -> Level:
+    try:
+        if asked is not None:
+            return levels.asked(asked, REQUEST_LEVEL)
+        return levels.of_detail(detail)
+    except ValueError as error:
+        parameter, value = ("detail", detail) if asked is None else (REQUEST_LEVEL, asked)
+        raise VLLMValidationError(str(error), parameter=parameter, value=value) from None
+
+
+def level_of(identifier: str, levels: Levels) -> Level:
+    """The level of the picture that an identifier is of; one that says none is at the default level."""
+    name = identifier.rpartition(_MARK)[2]
+    return levels.named(name) if name in levels.names else levels.default
+
+
+def tell_level(feature: MultiModalFeatureSpec, levels: Levels) -> None:
+    """Have the model that encodes a picture get the number of its level.
+
+    Args:
+        feature: the picture; its data is replaced, not written to, since other requests may share it.
+        levels: the model's.
+
+    """
+    if feature.data is None:
+        return
+    number = levels.number(level_of(feature.identifier, levels).name)
+    told = MultiModalFieldElem(data=number, field=MultiModalBatchedField())
+    feature.data = MultiModalKwargsItem({**feature.data, LEVEL_NUMBER: told})
