@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.support.fresh_process import answers_of
-from tests.support.reference import Reference
+from tests.support.reference import AtLevel, Reference
 from tests.support.tiny_checkpoints import (
     PATCHES,
     conversation,
@@ -23,7 +23,11 @@ from tests.support.tiny_checkpoints import (
 pytestmark = pytest.mark.engine
 TOKENS = 8
 # The request that loses a page, behind those whose answers are compared.
-LOST = 4
+LOST = 5
+
+
+# The number of a picture, and its level.
+Shown = tuple[int, str]
 
 
 @dataclass
@@ -32,9 +36,13 @@ class Cases:
 
     reference: Reference
     pictures: list[Image.Image]
-    prompts: list[tuple[list[int], str]]
-    later: list[tuple[list[int], str]]
+    prompts: list[tuple[list[Shown], str]]
+    later: list[tuple[list[Shown], str]]
     work: dict[str, Any]
+
+    def images(self, shown: list[Shown]) -> list[AtLevel]:
+        """As the reference takes them."""
+        return [AtLevel(self.pictures[number], level) for number, level in shown]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +53,13 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     thresholds = pick_thresholds(checkpoint, list(make_images().values()), [0.5, 0.5, 0.5])
     header = Reference(checkpoint, {}).tokenizer("ASSISTANT:")["input_ids"][1:]
     hybrid = {
-        "thresholds": thresholds,
+        "levels": {
+            "low": {"thresholds": thresholds, "fastv_ratio": 0.5},
+            "mid": {"thresholds": thresholds},
+        },
+        "default_level": "low",
         # Blocks of 48 and 16 tokens, so that a shared prefix may end inside a block.
         "fastv_layer": 1,
-        "fastv_ratio": 0.5,
         # A prompt of one turn ends in the header, so this is the prompt's last position there.
         "fastv_rank": "turn_end",
         "assistant_header": header,
@@ -59,19 +70,25 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     for number, picture in enumerate(pictures):
         files.append(str(folder / f"{number}.png"))
         picture.save(files[-1])
-    prompts = [
-        ([0], prompt("What is here?")),
-        ([1, 2], prompt("Compare them.", 2)),
+    shown = [(2, "low"), (0, "low")]
+    prompts: list[tuple[list[Shown], str]] = [
+        ([(0, "low")], prompt("What is here?")),
+        # One picture at two levels.
+        ([(1, "low"), (1, "mid")], prompt("Compare them.", 2)),
         ([], prompt("Hello there.", 0)),
-        ([2, 0], _two_turns(reference, [pictures[2], pictures[0]])),
+        (shown, _two_turns(reference, [pictures[2], pictures[0]])),
+        ([(0, "full")], prompt("What is here?")),
     ]
     later = [
         # The next turn, and a prompt again.
-        ([2, 0], prompts[3][1] + " No.</s>" + prompt("Are you sure?", 0)),
+        (shown, prompts[3][1] + " No.</s>" + prompt("Are you sure?", 0)),
         prompts[1],
     ]
     asked = {
-        name: [{"prompt": text, "images": [files[i] for i in images]} for images, text in requests]
+        name: [
+            {"prompt": text, "images": [(files[i], level) for i, level in images]}
+            for images, text in requests
+        ]
         for name, requests in (("requests", prompts), ("later", later))
     }
     work = {
@@ -137,7 +154,7 @@ def _check_answers(cases: Cases, result: dict[str, Any]) -> None:
     assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
     for (images, text), answer in zip(cases.prompts + cases.later, result["answers"], strict=True):
         ids = cases.reference.prompt_ids(text)
-        score = cases.reference.score(ids, [cases.pictures[i] for i in images], answer["tokens"])
+        score = cases.reference.score(ids, cases.images(images), answer["tokens"])
         assert score.distributions.argmax(-1).tolist() == answer["tokens"]
         for step, logprobs in enumerate(answer["logprobs"]):
             for token, logprob in logprobs.items():
@@ -172,7 +189,7 @@ def test_the_tower_waits_once_per_merging_layer(cases: Cases, interpreted: dict[
     encodes = [step["waits_encoding"] for step in interpreted["steps"] if step["waits_encoding"]]
     assert encodes
     for waits in encodes:
-        assert waits == ["Tensor.tolist"] * len(cases.work["hybrid"]["thresholds"])
+        assert waits == ["Tensor.tolist"] * len(cases.work["hybrid"]["levels"]["low"]["thresholds"])
 
 
 def test_decodes_of_one_size_issue_the_same_operations(interpreted: dict[str, Any]) -> None:

@@ -11,6 +11,17 @@ from tests.support.engines import checkpoint
 
 MERGES = {"thresholds": [0.9, 0.9, 0.9]}
 PRUNES = {"fastv_layer": 2, "fastv_ratio": 0.5}
+# One level that does both, one that does either, and the full one.
+LEVELS = {
+    "levels": {
+        "low": {**MERGES, "fastv_ratio": 0.5},
+        "mid": MERGES,
+        "high": {"fastv_ratio": 0.75},
+        "full": {},
+    },
+    "default_level": "low",
+    "fastv_layer": 2,
+}
 
 
 def configure(hybrid: Any, architecture: str | None = None, **options: Any) -> VllmConfig:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from tests.support.reference import Choice, Reference
+from tests.support.reference import Asked, AtLevel, Choice, Reference
 from tests.support.tiny_checkpoints import (
     decided_images,
     make_images,
@@ -30,6 +30,7 @@ from tests.support.tiny_checkpoints import (
     prompt,
     write_checkpoint,
 )
+from vllm_hybrid.frontend.details import DETAILS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
@@ -57,15 +58,29 @@ _QUESTIONS = (
 
 
 class Ask(NamedTuple):
-    """One request: its prompt text and its images."""
+    """One request: its prompt text and its images, which may be asked for at levels."""
 
     text: str
-    images: tuple[Image.Image, ...] = ()
+    images: tuple[Asked, ...] = ()
 
     def request(self) -> dict[str, Any]:
-        """As vLLM's `generate` takes it."""
-        images = {"multi_modal_data": {"image": list(self.images)}} if self.images else {}
-        return {"prompt": self.text, **images}
+        """As vLLM's `generate` takes it; levels travel as a message's details do."""
+        if not self.images:
+            return {"prompt": self.text}
+        request = {"prompt": self.text, "multi_modal_data": {"image": [*map(picture_of, self.images)]}}
+        levels = [image.level if isinstance(image, AtLevel) else None for image in self.images]
+        return request | ({"multi_modal_uuids": {DETAILS: levels}} if any(levels) else {})
+
+
+def picture_of(image: Asked) -> Image.Image:
+    """The picture, whatever the level."""
+    return image.image if isinstance(image, AtLevel) else image
+
+
+def image_key(image: Asked) -> bytes:
+    """What tells an image at a level from others."""
+    picture, level = picture_of(image), image.level if isinstance(image, AtLevel) else None
+    return hashlib.sha256(repr((picture.size, level)).encode() + picture.tobytes()).digest()
 
 
 class ServingReference(Reference):
@@ -80,8 +95,8 @@ class ServingReference(Reference):
         self._encoded: dict[bytes, tuple[torch.Tensor, list[list[int]]]] = {}
         self._last = 0
 
-    def encode(self, image: Image.Image) -> tuple[torch.Tensor, list[list[int]]]:
-        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+    def encode(self, image: Asked) -> tuple[torch.Tensor, list[list[int]]]:
+        key = image_key(image)
         if key not in self._encoded:
             self._encoded[key] = super().encode(image)
         return self._encoded[key]
@@ -97,7 +112,7 @@ class ServingReference(Reference):
         importance[self._row_at(rows, self._last)] = float("inf")
         return super()._prune(rows, importance)
 
-    def live(self, image: Image.Image) -> int:
+    def live(self, image: Asked) -> int:
         """Live tokens of an image."""
         return len(self.encode(image)[1])
 
@@ -127,14 +142,14 @@ class Served:
         params = SamplingParams(max_tokens=max_tokens, **options)
         return self.llm.generate([ask.request() for ask in asks], params, use_tqdm=False)
 
-    def decided(self, *images: Image.Image) -> Ask:
+    def decided(self, *images: Asked) -> Ask:
         """A prompt with these images whose prunes are no matter of rounding.
 
         Raises:
             RuntimeError: no question at hand makes one.
 
         """
-        key = tuple(hashlib.sha256(image.tobytes()).digest() for image in images)
+        key = tuple(map(image_key, images))
         questions = (self.questions[key],) if key in self.questions else _QUESTIONS
         for question in questions:
             ask = Ask(prompt(question, len(images)), images)
@@ -147,7 +162,7 @@ class Served:
         """Whether the reference's merges and prunes of a request are clear of rounding."""
         if any(self.reference.merge_margin(image) < MERGE_MARGIN for image in ask.images):
             return False
-        if not self.hybrid.get("fastv_ratio") or not ask.images:
+        if not any(self.reference.setting(image).ratio for image in ask.images):
             return True
         choices = self.reference.choices(self.reference.prompt_ids(ask.text), ask.images)
         # A surviving last row has infinite importance, and no margin of its own.

@@ -10,7 +10,7 @@ and all of its slots have to come from one writing. Nothing here knows how the s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,13 @@ class PretendWorker:
         block_sizes: tokens per block of each tier, lower first.
         num_blocks: blocks of the pool.
         patches: positions of an image.
-        ratio: share of live tokens the upper tier drops.
-        live: live tokens by image identifier.
+        ratio_of: gives the share of live tokens that the upper tier drops, by image identifier.
+        live_of: gives the live tokens, by image identifier.
         header: tokens behind an image whose last one ranks it; empty where the prompt's last one does.
 
     Attributes:
         silent: images whose counts are not told.
+        tells: whether any counts are told.
         lost: requests of which it says that a page holds another's data.
         reduces: whether images may have fewer tokens than positions; otherwise they are as text.
         unsteady: whether every other encoding of an image has one live token less.
@@ -79,8 +80,8 @@ class PretendWorker:
         block_sizes: Sequence[int],
         num_blocks: int,
         patches: int,
-        ratio: float,
-        live: dict[str, int],
+        ratio_of: Callable[[str], float],
+        live_of: Callable[[str], int],
         header: Sequence[int] = (),
     ) -> None:
         self.block_sizes = list(block_sizes)
@@ -89,7 +90,7 @@ class PretendWorker:
         # Beside each slot: the writing it comes from, and how many slots the image there fills.
         self.writing = np.zeros_like(self.memory)
         self.filled = np.zeros_like(self.memory)
-        self.patches, self.ratio, self.live, self.header = patches, ratio, live, list(header)
+        self.patches, self.ratio_of, self.live_of, self.header = patches, ratio_of, live_of, list(header)
         self.requests: dict[str, Tagged] = {}
         self.encoded: dict[str, int] = {}
         self.encodings: Counter[str] = Counter()
@@ -98,6 +99,7 @@ class PretendWorker:
         self.reduces = True
         self.unsteady = False
         self.silent: set[str] = set()
+        self.tells = True
         self.lost: set[str] = set()
         self.hits: dict[str, int] = {}
 
@@ -183,9 +185,10 @@ class PretendWorker:
             tags=np.zeros((len(self.block_sizes), 0), dtype=np.int64),
         )
         self._tag(request)
-        for (start, _), last in zip(spans, request.ranked_at, strict=True):
-            # What the upper tier keeps of an image depends on all up to the position that ranks it.
-            request.tags[1:, start:] ^= hash((start, int(request.tags[0, last])))
+        for (start, image), last in zip(spans, request.ranked_at, strict=True):
+            if self.ratio_of(image):
+                # What the upper tier keeps of an image depends on all up to the position that ranks it.
+                request.tags[1:, start:] ^= hash((start, int(request.tags[0, last])))
         return request
 
     def _ranked_at(self, ids: list[int], start: int) -> int:
@@ -220,8 +223,8 @@ class PretendWorker:
         for image in new:
             self.encodings[image] += 1
             less = self.unsteady and self.encodings[image] % 2 == 0
-            self.encoded[image] = max(self.live[image] - less, 1)
-        return {image: self.encoded[image] for image in sorted(new - self.silent)}
+            self.encoded[image] = max(self.live_of(image) - less, 1)
+        return {image: self.encoded[image] for image in sorted(new - self.silent) if self.tells}
 
     def _check_stretch(self, name: str, begin: int, end: int) -> None:
         """No image is cut, each is encoded, and where tokens are pruned it comes with what ranks it."""
@@ -236,7 +239,7 @@ class PretendWorker:
             if not begin <= start < end:
                 continue
             assert image in self.encoded, f"{name}: image {image} is computed, but not encoded"
-            if self.ratio:
+            if self.ratio_of(image):
                 by_prompt_end = last == request.searched_length - 1
                 assert end == last + 1 if by_prompt_end else end > last, (
                     f"{name}: a step with an image ends at {end}, and {last} ranks it"
@@ -278,7 +281,7 @@ class PretendWorker:
             for start, image in self._spans(name):
                 if begin <= start < end:
                     live = self.encoded[image]
-                    filled = keep_count(live, self.ratio) if tier else live
+                    filled = keep_count(live, self.ratio_of(image)) if tier else live
                     self.writings += 1
                     self.written.append((tier, self.writings, image))
                     places = self._places(name, tier, np.arange(start, start + filled))

@@ -298,17 +298,36 @@ class Score(NamedTuple):
     distributions: Tensor
 
 
+class AtLevel(NamedTuple):
+    """An image that is asked for at a level; one that stands alone is at the default level."""
+
+    image: Image.Image
+    level: str
+
+
+Asked = Image.Image | AtLevel
+
+
+class Setting(NamedTuple):
+    """A level: the merge threshold of each executed vision layer, and FastV's ratio."""
+
+    thresholds: list[float]
+    ratio: float
+
+
 @dataclass
 class _Rows:
     """The language model's input: hidden [rows, C], virtual positions and image (None: text) of each row.
 
-    ranked_by: per image the virtual position whose attention FastV goes by.
+    ranked_by: per image the virtual position whose attention FastV goes by; ratios: per image the share of
+    its tokens to drop.
     """
 
     hidden: Tensor
     positions: list[list[int]]
     image_of: list[int | None]
     ranked_by: list[int]
+    ratios: list[float]
 
 
 class Reference:
@@ -348,55 +367,62 @@ class Reference:
         self.patches = (vision.image_size // vision.patch_size) ** 2
         layer = self.config.vision_feature_layer
         self.tower_layers = layer if layer >= 0 else vision.num_hidden_layers + 1 + layer
-        self.thresholds = _thresholds(hybrid, self.tower_layers)
+        self.settings, self.default_level = _settings(hybrid, self.tower_layers)
+        ratios = [setting.ratio for setting in self.settings.values()]
         self.fastv_layer = hybrid.get("fastv_layer")
-        self.fastv_ratio = float(hybrid.get("fastv_ratio") or 0.0)
-        if self.fastv_layer is None and self.fastv_ratio:
+        if self.fastv_layer is None and any(ratios):
             raise ValueError("fastv_ratio needs fastv_layer.")
         if self.fastv_layer is not None and not 1 <= self.fastv_layer < text.num_hidden_layers:
             raise ValueError(
                 f"fastv_layer is {self.fastv_layer}, not one of 1 to {text.num_hidden_layers - 1}."
             )
-        if not 0 <= self.fastv_ratio < 1:
-            raise ValueError(f"fastv_ratio is {self.fastv_ratio}, not in [0, 1).")
+        if not all(0 <= ratio < 1 for ratio in ratios):
+            raise ValueError(f"fastv_ratio is one of {ratios}, not in [0, 1).")
         turns = hybrid.get("fastv_rank", "prompt_end") == "turn_end"
         # Without a header every image is ranked by the prompt's last position.
-        self.header = list(hybrid["assistant_header"]) if turns and self.fastv_ratio else None
+        self.header = list(hybrid["assistant_header"]) if turns and any(ratios) else None
+
+    def setting(self, image: Asked) -> Setting:
+        """The level of an image."""
+        return self.settings[image.level if isinstance(image, AtLevel) else self.default_level]
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
 
     # ---- vision tower ---------------------------------------------------------------------------
 
-    def pixel_values(self, image: Image.Image) -> Tensor:
+    def pixel_values(self, image: Asked) -> Tensor:
         """The checkpoint's own preprocessing: [3, height, width]."""
+        image = image.image if isinstance(image, AtLevel) else image
         pixels = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels.to(self.device, self.dtype)
 
     @torch.no_grad()
-    def encode(self, image: Image.Image) -> tuple[Tensor, list[list[int]]]:
+    def encode(self, image: Asked) -> tuple[Tensor, list[list[int]]]:
         """One image's live tokens: features after the projector [n, C] and the patches of each, in tower
         order.
         """
-        tokens, _ = self._tower(self.pixel_values(image))
+        tokens, _ = self._tower(self.pixel_values(image), self.setting(image).thresholds)
         return self._projector(tokens.hidden[1:]), tokens.members[1:]
 
     @torch.no_grad()
-    def merge_margin(self, image: Image.Image) -> float:
+    def merge_margin(self, image: Asked) -> float:
         """The smallest `merge_margin` of all layers that merge: how robust this image's merging is."""
-        return self._tower(self.pixel_values(image))[1]
+        return self._tower(self.pixel_values(image), self.setting(image).thresholds)[1]
 
     @torch.no_grad()
-    def match_scores(self, image: Image.Image) -> list[Tensor]:
+    def match_scores(self, image: Asked) -> list[Tensor]:
         """Per executed layer the best score of each even token (without the class token), [A-1] each.
 
         These are what a threshold is compared with, given the thresholds of the layers before.
         """
         best: list[Tensor] = []
-        self._tower(self.pixel_values(image), best)
+        self._tower(self.pixel_values(image), self.setting(image).thresholds, best)
         return best
 
-    def _tower(self, pixels: Tensor, best_scores: list[Tensor] | None = None) -> tuple[Tokens, float]:
+    def _tower(
+        self, pixels: Tensor, thresholds: Sequence[float], best_scores: list[Tensor] | None = None
+    ) -> tuple[Tokens, float]:
         vision = self.config.vision_config
         heads, eps = vision.num_attention_heads, vision.layer_norm_eps
         act = ACT2FN[vision.hidden_act]
@@ -413,9 +439,9 @@ class Reference:
             tokens = Tokens(hidden, tokens.sizes, tokens.members)
             if best_scores is not None:
                 best_scores.append(match_scores(k)[1:].max(dim=1).values)
-            if self.thresholds[layer] < math.inf:
-                margin = min(margin, merge_margin(match_scores(k), self.thresholds[layer]))
-            tokens = dtome_layer(tokens, k, self.thresholds[layer])
+            if thresholds[layer] < math.inf:
+                margin = min(margin, merge_margin(match_scores(k), thresholds[layer]))
+            tokens = dtome_layer(tokens, k, thresholds[layer])
             x = self._layer_norm(tokens.hidden, f"{name}.layer_norm2", eps)
             tokens.hidden = tokens.hidden + self._linear(
                 act(self._linear(x, f"{name}.mlp.fc1")), f"{name}.mlp.fc2"
@@ -454,7 +480,7 @@ class Reference:
             ids += [token] * (self.patches if token == self.config.image_token_index else 1)
         return ids
 
-    def _rows(self, prompt_ids: Sequence[int], images: Sequence[Image.Image]) -> _Rows:
+    def _rows(self, prompt_ids: Sequence[int], images: Sequence[Asked]) -> _Rows:
         """Text rows and live tokens in prompt order; the live tokens of an image stay in tower order."""
         embedding = self.weights["decoder.embed_tokens.weight"]
         placeholder = self.config.image_token_index
@@ -485,7 +511,8 @@ class Reference:
             position += self.patches
             image += 1
             ranked_by.append(self._ranked_by(list(prompt_ids), position))
-        return _Rows(torch.stack(hidden), positions, image_of, ranked_by)
+        ratios = [self.setting(image).ratio for image in images]
+        return _Rows(torch.stack(hidden), positions, image_of, ranked_by, ratios)
 
     def _ranked_by(self, prompt_ids: list[int], behind: int) -> int:
         """The position that ranks an image which ends before position `behind`: the last one of the first
@@ -539,7 +566,7 @@ class Reference:
         hidden = [prompt.hidden] + [embedding[token][None] for token in generated_ids]
         positions = prompt.positions + [[last_prompt_position + 1 + i] for i in range(len(generated_ids))]
         image_of = prompt.image_of + [None] * len(generated_ids)
-        return _Rows(torch.cat(hidden), positions, image_of, prompt.ranked_by)
+        return replace(prompt, hidden=torch.cat(hidden), positions=positions, image_of=image_of)
 
     def _importance(self, q: Tensor, k: Tensor, rows: _Rows) -> Tensor:
         """What the position that ranks its image gives each image row, the mean over heads; zero for text.
@@ -564,13 +591,13 @@ class Reference:
         choices, dropped = [], set()
         for image in range(images):
             own = [row for row, of in enumerate(rows.image_of) if of == image]
-            kept = select_tokens(importance[own], self.fastv_ratio)
+            kept = select_tokens(importance[own], rows.ratios[image])
             choices.append(Choice(importance[own], kept))
             dropped |= set(own) - {own[i] for i in kept}
         stay = [row for row in range(len(rows.positions)) if row not in dropped]
         positions = [rows.positions[row] for row in stay]
         image_of = [rows.image_of[row] for row in stay]
-        return _Rows(rows.hidden[stay], positions, image_of, rows.ranked_by), choices
+        return replace(rows, hidden=rows.hidden[stay], positions=positions, image_of=image_of), choices
 
     def _row_at(self, rows: _Rows, position: int) -> int:
         for row, own in enumerate(rows.positions):
@@ -590,21 +617,19 @@ class Reference:
     # ---- requests -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def choices(self, prompt_ids: Sequence[int], images: Sequence[Image.Image]) -> list[Choice]:
+    def choices(self, prompt_ids: Sequence[int], images: Sequence[Asked]) -> list[Choice]:
         """FastV's choice per image; empty when pruning is off (no `fastv_layer`)."""
         return self._decode(self._rows(prompt_ids, images), (), len(prompt_ids) - 1)[1]
 
     @torch.no_grad()
     def logits(
-        self, prompt_ids: Sequence[int], images: Sequence[Image.Image], generated_ids: Sequence[int] = ()
+        self, prompt_ids: Sequence[int], images: Sequence[Asked], generated_ids: Sequence[int] = ()
     ) -> Tensor:
         """Logits after the prompt and `generated_ids`, from scratch: [vocabulary]."""
         return self._decode(self._rows(prompt_ids, images), generated_ids, len(prompt_ids) - 1)[0][-1]
 
     @torch.no_grad()
-    def score(
-        self, prompt_ids: Sequence[int], images: Sequence[Image.Image], output_ids: Sequence[int]
-    ) -> Score:
+    def score(self, prompt_ids: Sequence[int], images: Sequence[Asked], output_ids: Sequence[int]) -> Score:
         """Log probabilities of given outputs, each after the prompt and the outputs before it."""
         rows = self._rows(prompt_ids, images)
         logits = self._decode(rows, list(output_ids)[:-1], len(prompt_ids) - 1)[0]
@@ -615,7 +640,7 @@ class Reference:
     def generate(
         self,
         prompt_ids: Sequence[int],
-        images: Sequence[Image.Image],
+        images: Sequence[Asked],
         max_tokens: int,
         stop_ids: Iterable[int] = (),
         top: int = 5,
@@ -639,11 +664,24 @@ class Reference:
         return steps
 
 
-def _thresholds(hybrid: Mapping[str, Any], layers: int) -> list[float]:
+def _settings(hybrid: Mapping[str, Any], layers: int) -> tuple[dict[str, Setting], str]:
+    """The levels of a section, and the name of the default one."""
+    levels = hybrid.get("levels")
+    if levels is None:
+        thresholds = hybrid.get("thresholds")
+        named = thresholds if isinstance(thresholds, Mapping) else {"default": thresholds}
+        ratio = hybrid.get("fastv_ratio")
+        levels = {name: {"thresholds": values, "fastv_ratio": ratio} for name, values in named.items()}
+    settings = {
+        name: Setting(_thresholds(level.get("thresholds"), layers), float(level.get("fastv_ratio") or 0.0))
+        for name, level in {"full": {}, **levels}.items()
+    }
+    only = next(iter(levels)) if len(levels) == 1 else None
+    return settings, hybrid.get("level") or hybrid.get("default_level") or only or "full"
+
+
+def _thresholds(thresholds: Sequence[float | None] | None, layers: int) -> list[float]:
     """One threshold per executed vision layer; None, as a whole or in one place, merges nothing there."""
-    thresholds = hybrid.get("thresholds")
-    if isinstance(thresholds, Mapping):
-        thresholds = thresholds[hybrid["default_level"]]
     if thresholds is None:
         return [math.inf] * layers
     if len(thresholds) != layers:

@@ -70,8 +70,41 @@ class Prompt:
         return Prompt([*self.ids, *range(len(self.ids), len(self.ids) + length)], self.images)
 
     def image(self, name: str) -> Prompt:
-        """This prompt and then one of the images of ``LIVE``."""
+        """This prompt and then one of the images of ``LIVE``, or one at a level, such as ``cat@low``."""
         return Prompt([*self.ids, *[PLACEHOLDER] * PATCHES], [*self.images, (len(self.ids), name)])
+
+
+class Asked:
+    """What is asked for the images of prompts.
+
+    Args:
+        hybrid: the checkpoint's section; with an empty one nothing is reduced.
+
+    """
+
+    def __init__(self, hybrid: dict[str, Any]) -> None:
+        self.reduces = bool(hybrid)
+        self.levels: dict[str, dict[str, Any]] = hybrid.get("levels") or {"default": hybrid}
+        self.default = hybrid.get("default_level", "default")
+
+    def level_of(self, image: str) -> str:
+        """Name of an image's level."""
+        _, at, level = image.partition("@")
+        return level if at else self.default
+
+    def ratio_of(self, image: str) -> float:
+        """Share of an image's live tokens to drop."""
+        return float(self.levels[self.level_of(image)].get("fastv_ratio", 0))
+
+    def live_of(self, image: str) -> int:
+        """Live tokens of an image; what only prunes has as few as what merges."""
+        reduces = self.reduces and self.levels[self.level_of(image)]
+        return LIVE[image.partition("@")[0]] if reduces else PATCHES
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any level drops tokens."""
+        return any(level.get("fastv_ratio", 0) for level in self.levels.values())
 
 
 def quickly_configured(hybrid: dict[str, Any], **options: Any) -> VllmConfig:
@@ -178,12 +211,14 @@ class Bench:
             )
         self.managers: list[Any] = list(self.scheduler.kv_cache_manager.coordinator.single_type_managers)
         self.pool = self.scheduler.kv_cache_manager.block_pool
-        live = LIVE if hybrid else dict.fromkeys(LIVE, PATCHES)
-        ratio = hybrid.get("fastv_ratio", 0)
+        self.asked = Asked(hybrid)
         header = hybrid.get("assistant_header", ()) if hybrid.get("fastv_rank") == "turn_end" else ()
-        self.worker = PretendWorker(list(self.sizes.values()), num_blocks, PATCHES, ratio, live, header)
+        sizes = list(self.sizes.values())
+        self.worker = PretendWorker(
+            sizes, num_blocks, PATCHES, self.asked.ratio_of, self.asked.live_of, header
+        )
         self.worker.reduces = bool(hybrid)
-        self.worker.silent = set() if hybrid else set(LIVE)
+        self.worker.tells = bool(hybrid)
         self.in_flight: deque[StepUnderWay] = deque()
         self.requests: dict[str, Request] = {}
         self.prompts: dict[str, Prompt] = {}
@@ -348,19 +383,23 @@ class Bench:
                     table = self.managers[tier].req_to_blocks[name]
                     blocks = [table[n].block_id for n in self._hole(name, number, tier)]
                     holders.subtract(blocks)
-                    self.totals["blocks_given_back"] += sum(holders[block] == 0 for block in blocks)
+                    freed = sum(holders[block] == 0 for block in blocks)
+                    self._count(images[number].identifier, {"blocks_given_back": freed})
         if name in self.counted or not images:
             return
         holes = {(name, epoch, i, tier) for i in range(len(images)) for tier in range(len(self.sizes))}
         if holes <= self.holes:
             self.counted.add(name)
-            live = [self.worker.slots_of(name, 0, number)[1] for number in range(len(images))]
-            self.totals += Counter(
-                images=len(live),
-                patches=len(live) * PATCHES,
-                live_tokens=sum(live),
-                kept_tokens=sum(keep_count(n, self.worker.ratio) for n in live),
-            )
+            for number, image in enumerate(images):
+                live = self.worker.slots_of(name, 0, number)[1]
+                counts = {"images": 1, "patches": PATCHES, "live_tokens": live}
+                counts["kept_tokens"] = keep_count(live, self.asked.ratio_of(image.identifier))
+                self._count(image.identifier, counts)
+
+    def _count(self, image: str, counts: dict[str, int]) -> None:
+        """Add to the totals of an image's level."""
+        level = self.asked.level_of(image)
+        self.totals.update({f"{name}:{level}": count for name, count in counts.items()})
 
     def _hole(self, name: str, image: int, tier: int) -> set[int]:
         """Numbers of the blocks of a tier that hold unused slots of an image and nothing else."""
@@ -406,8 +445,9 @@ class Bench:
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == owners[block.block_id]
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1 - len(owners)
-        totals = getattr(self.scheduler, "totals", self.totals)
-        assert totals == self.totals, f"{totals} and not {self.totals}"
+        # What is 0 may be there or not.
+        totals = +getattr(self.scheduler, "totals", self.totals)
+        assert totals == +self.totals, f"{totals} and not {self.totals}"
 
     def check_rest(self) -> None:
         """Nothing is held for requests that are gone."""

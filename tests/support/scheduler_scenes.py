@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from tests.support.configurations import MERGES
+from tests.support.configurations import LEVELS, MERGES
 from tests.support.scheduler_bench import HEADER, LIVE, Bench, Prompt, block_sizes, quickly_configured
 from tests.support.tiny_checkpoints import PATCHES
 
@@ -112,10 +112,13 @@ def shares_images(bench: Bench) -> bool:
 
 
 def method(rng: random.Random) -> dict[str, Any]:
-    """A section: merging, or pruning at any depth."""
-    if rng.random() < 0.5:
+    """A section: merging, or pruning at any depth, or levels that do one or the other, or both."""
+    if rng.random() < 0.4:
         return MERGES
-    section = {"fastv_layer": rng.choice([1, 2, 3, 4, 7]), "fastv_ratio": rng.choice([0.25, 0.5, 0.9])}
+    section: dict[str, Any] = {"fastv_ratio": rng.choice([0.25, 0.5, 0.9])}
+    if rng.random() < 0.5:
+        section = dict(LEVELS)
+    section["fastv_layer"] = rng.choice([1, 2, 3, 4, 7])
     if rng.random() < 0.5:
         return section | {"fastv_rank": "prompt_end"}
     return section | {"fastv_rank": "turn_end", "assistant_header": HEADER}
@@ -152,7 +155,7 @@ def shrink_encoder_cache(bench: Bench, rng: random.Random) -> None:
     """Leave the encoder no more than what the settings guarantee, at times."""
     if rng.random() < 0.5:
         return
-    scheduler, prunes = bench.scheduler, bench.worker.ratio > 0
+    scheduler, prunes = bench.scheduler, bench.asked.prunes
     least = bench.length if prunes else PATCHES
     cache = scheduler.encoder_cache_manager
     cache.cache_size = cache.num_free_slots = cache.num_freeable_slots = max(least, PATCHES)
@@ -179,33 +182,39 @@ def ask(bench: Bench, rng: random.Random, urgent: bool = True) -> str:
     """Add a request whose answer still fits; one that is not urgent never goes before an urgent one."""
     tokens = rng.choice([1, 2, 3, 10, 40])
     longest = bench.length - tokens - 1
-    prompt = next_turn(bench, rng, longest) if rng.random() < 0.6 else random_prompt(rng, longest)
+    prompt = next_turn(bench, rng, longest) if rng.random() < 0.6 else random_prompt(bench, rng, longest)
     return bench.ask(prompt, tokens, priority=rng.randrange(2) if urgent else 2)
 
 
-def random_prompt(rng: random.Random, longest: int) -> Prompt:
+def random_image(bench: Bench, rng: random.Random) -> str:
+    """One of a few images, at one of the levels where there are some."""
+    level = rng.choice(["", *(f"@{name}" for name in bench.asked.levels if name != "default")])
+    return rng.choice(list(LIVE)[:4]) + level
+
+
+def random_prompt(bench: Bench, rng: random.Random, longest: int) -> Prompt:
     """Up to three images with texts around them; few images, so that they are often in the cache."""
     prompt = Prompt().text(rng.choice([0, 5, 96]), rng.choice([100, 200]))
     for _ in range(rng.choice([0, 1, 1, 2, 3, 3])):
-        prompt = prompt.image(rng.choice(list(LIVE)[:4])).text(rng.choice([0, 1, 60]), rng.randrange(9))
+        prompt = prompt.image(random_image(bench, rng)).text(rng.choice([0, 1, 60]), rng.randrange(9))
     prompt = prompt.header() if rng.random() < 0.5 else prompt
-    return prompt if 1 < len(prompt.ids) <= longest else random_prompt(rng, longest)
+    return prompt if 1 < len(prompt.ids) <= longest else random_prompt(bench, rng, longest)
 
 
 def next_turn(bench: Bench, rng: random.Random, longest: int) -> Prompt:
     """The prompt of a request so far, its answer so far, and another question; or the same prompt again."""
     if not bench.prompts:
-        return random_prompt(rng, longest)
+        return random_prompt(bench, rng, longest)
     name, prompt = rng.choice(list(bench.prompts.items()))
     if rng.random() < 0.8:
         answer = list(bench.requests[name].output_token_ids)
         prompt = Prompt(prompt.ids + answer, prompt.images).text(rng.choice([0, 1, 30]), rng.randrange(9))
         if rng.random() < 0.3:
-            prompt = prompt.image(rng.choice(list(LIVE)[:4]))
+            prompt = prompt.image(random_image(bench, rng))
         prompt = prompt.text(rng.choice([0, 3]), 50)
         prompt = prompt.header() if rng.random() < 0.7 else prompt
     fits = 1 < len(prompt.ids) <= longest and len(prompt.images) <= 3
-    return prompt if fits else random_prompt(rng, longest)
+    return prompt if fits else random_prompt(bench, rng, longest)
 
 
 def disturb(bench: Bench, rng: random.Random, asked: list[str]) -> None:

@@ -25,6 +25,7 @@ import triton.backends  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
+from vllm_hybrid.frontend.details import DETAILS  # noqa: E402
 
 
 def pretend_cpu_backend() -> None:
@@ -112,8 +113,9 @@ def _prompts(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Requests as vLLM's `generate` takes them."""
     prompts = []
     for request in requests:
-        images = [Image.open(file) for file in request["images"]]
-        extra = {"multi_modal_data": {"image": images}} if images else {}
+        images = [Image.open(file) for file, _ in request["images"]]
+        uuids = {DETAILS: [level for _, level in request["images"]]}
+        extra = {"multi_modal_data": {"image": images}, "multi_modal_uuids": uuids} if images else {}
         prompts.append({"prompt": request["prompt"], **extra})
     return prompts
 

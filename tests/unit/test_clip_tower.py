@@ -42,7 +42,7 @@ def test_merged_images_are_those_of_the_reference(checkpoint: Path, vision_model
 def _check(live: LiveTokens, reference: Reference, pixels: torch.Tensor) -> None:
     """Every image's live tokens, their order and their patches are those of the reference for it alone."""
     for i, features in enumerate(live.features.split(live.counts)):
-        expected, _ = reference._tower(pixels[i])
+        expected, _ = reference._tower(pixels[i], reference.settings[reference.default_level].thresholds)
         torch.testing.assert_close(features, expected.hidden[1:], atol=1e-4, rtol=1e-4)
         owners = live.owner[i].tolist()
         members = [[p for p, o in enumerate(owners) if o == n] for n in range(len(features))]

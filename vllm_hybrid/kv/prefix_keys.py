@@ -46,7 +46,10 @@ def ranked_block_hasher(
 def _ranked_by(
     request: Request, ranking_positions: RankingPositions, start: int, end: int
 ) -> tuple[Any, ...]:
-    """What follows each image that begins in a stretch, up to the position that ranks it."""
+    """What follows each image that begins in a stretch, up to the position that ranks it.
+
+    Of one that needs nothing behind it, nothing is said: its tokens and its identifier are in the keys anyway.
+    """
     features = request.mm_features
     if not features or features[-1].mm_position.offset < start:
         return ()
@@ -63,4 +66,5 @@ def _ranked_by(
         )
         for feature, last in zip(features, ranking_positions(request), strict=True)
         if start <= feature.mm_position.offset < end
+        and last >= feature.mm_position.offset + feature.mm_position.length
     )

@@ -157,13 +157,14 @@ def plan_live_rows(num_rows: int, images: StepImages) -> RowPlan:
     return RowPlan(rows=rows, row_of=row_of, stored_at=rows, image=image_of[rows])
 
 
-def plan_kept_rows(lower: RowPlan, images: StepImages, keep: torch.Tensor) -> RowPlan:
+def plan_kept_rows(lower: RowPlan, images: StepImages, keep: torch.Tensor, kept_images: int) -> RowPlan:
     """The upper tier's rows: the lower tier's without the image tokens FastV dropped.
 
     Args:
         lower: the lower tier's plan of the same step.
         images: the images of the step.
         keep: bool [R of lower], true for every text row and every kept live token.
+        kept_images: image tokens kept, over all images.
 
     Returns:
         The plan; kept tokens of an image move up to its first slots, in their old order.
@@ -171,7 +172,7 @@ def plan_kept_rows(lower: RowPlan, images: StepImages, keep: torch.Tensor) -> Ro
     """
     compact = keep.cumsum(0) - 1
     row_of = torch.where(keep[lower.row_of], compact[lower.row_of], -1)
-    kept = true_places(keep, lower.rows.shape[0] - sum(images.counts) + sum(images.kept_counts))
+    kept = true_places(keep, lower.rows.shape[0] - sum(images.counts) + kept_images)
     image = lower.image[kept]
     # Number of a kept token inside its image: kept rows before it less kept rows before its image.
     first_live = lower.row_of.new_zeros(images.first_row.shape[0])

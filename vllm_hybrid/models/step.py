@@ -175,7 +175,7 @@ class Step:
         kept = to_device(images.kept_counts, mean.device)
         selected = select_tokens(mean[image_rows], images.live_counts, kept)
         keep = (~is_image).index_copy(0, image_rows, selected)
-        return plan_kept_rows(lower, images, keep)
+        return plan_kept_rows(lower, images, keep, sum(images.kept_counts))
 
     def slots(self, row_plan: RowPlan, common: CommonAttentionMetadata) -> torch.Tensor:
         """vLLM's slot, int64 [R], of each row of a tier; negative where there is none."""
