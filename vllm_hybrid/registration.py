@@ -29,13 +29,14 @@ def _register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     # Importing tiers registers the cache specs.
-    from vllm_hybrid.frontend import beam_steps, details, input_processor, picture_levels
+    from vllm_hybrid.frontend import beam_steps, details, input_processor, picture_levels, request_cost
     from vllm_hybrid.kv import tiers  # noqa: F401
     from vllm_hybrid.startup.settings import HybridSettings
 
     beam_steps.install()
     details.install()
     picture_levels.install()
+    request_cost.install()
     input_processor.install()
     ModelRegistry.register_model(ARCHITECTURE, "vllm_hybrid.models.llava:LlavaHybridForConditionalGeneration")
     MODELS_CONFIG_MAP[ARCHITECTURE] = HybridSettings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from tests.support.reference import Reference
 from tests.support.tiny_checkpoints import (
+    EOS,
     decided_images,
     make_images,
     pick_thresholds,
@@ -78,23 +80,39 @@ def test_a_long_answer_is_wrapped_under_the_panels() -> None:
     assert long.height > short.height > 300
 
 
+def run_show(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
+    """Run the command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["vllm-hybrid", "show", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
 @pytest.mark.engine
 def test_show_draws_what_the_engine_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One engine, at the level that was named, not the default one, and at full."""
     plain = write_checkpoint(tmp_path / "plain", seed=5)
     thresholds = pick_thresholds(plain, list(make_images().values()), [0.4, 0.4, 0.4])
-    hybrid = {"thresholds": thresholds, "fastv_layer": 2, "fastv_ratio": 0.5}
-    checkpoint = write_checkpoint(tmp_path / "hybrid", seed=5, hybrid=hybrid)
-    reference = Reference(plain, hybrid)
+    levels = {"shown": {"thresholds": thresholds, "fastv_ratio": 0.5}, "other": {"fastv_ratio": 0.9}}
+    section = {"levels": levels, "default_level": "other", "fastv_layer": 2}
+    checkpoint = write_checkpoint(tmp_path / "hybrid", seed=5, hybrid=section)
+    reference = Reference(plain, {"fastv_layer": 2} | levels["shown"])
     (picture,) = decided_images(reference, 1)
     picture.save(tmp_path / "picture.png")
     drawn: dict[str, show.Seen] = {}
+    started: list[object] = []
 
     def keep(picture: Image.Image, question: str, reduced: show.Seen, full: show.Seen) -> Image.Image:
         drawn.update(reduced=reduced, full=full)
         return draw(picture, question, reduced, full)
 
-    draw = show.draw
+    def count(*arguments: object) -> tuple[show.Seen, show.Seen]:
+        started.append(arguments)
+        return in_own_process(*arguments)
+
+    draw, in_own_process = show.draw, show._in_own_process
     monkeypatch.setattr(show, "draw", keep)
+    monkeypatch.setattr(show, "_in_own_process", count)
     out = tmp_path / "sheet.png"
     arguments = [
         checkpoint,
@@ -107,11 +125,11 @@ def test_show_draws_what_the_engine_chose(tmp_path: Path, monkeypatch: pytest.Mo
         6,
         "--dtype",
         "float32",
+        "--level",
+        "shown",
     ]
-    monkeypatch.setattr(sys, "argv", ["vllm-hybrid", "show", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code
+    assert not run_show(monkeypatch, *arguments)
+    assert len(started) == 1
 
     members = reference.encode(picture)[1]
     reduced = drawn["reduced"]
@@ -124,17 +142,56 @@ def test_show_draws_what_the_engine_chose(tmp_path: Path, monkeypatch: pytest.Mo
     assert reduced.kept is not None
     assert list(np.flatnonzero(reduced.kept)) == sorted(choice.kept)
     assert drawn["full"].owner is None
+    for seen, own in ((reduced, reference), (drawn["full"], Reference(plain, {}))):
+        said = [step.token for step in own.generate(ids, [picture], 6, stop_ids=[EOS])]
+        assert seen.answer == own.tokenizer.decode(said, skip_special_tokens=True).strip()
+    assert reduced.answer != drawn["full"].answer
     assert Image.open(out).width > 3 * SIDE * PATCH * SCALE
 
 
-def test_show_without_a_hybrid_section_says_so(
+@pytest.mark.parametrize(
+    ("section", "arguments", "message"),
+    [
+        (None, [], "has no hybrid section, so there is nothing to show"),
+        ({"fastv_ratio": 0}, [], "switches nothing on, so there is nothing to show"),
+        ({"fastv_ratio": 2}, [], "hybrid.fastv_ratio is 2; give a number"),
+        (
+            {"levels": {"low": {"fastv_ratio": 0.5}}},
+            ["--level", "lwo"],
+            "--level is 'lwo', which is no level; use low or full",
+        ),
+        (
+            {"levels": {"low": {"fastv_ratio": 0.5}, "mid": {"fastv_ratio": 0.1}}, "default_level": "full"},
+            [],
+            "merges and drops nothing, so there is nothing to show; choose with --level from low, mid",
+        ),
+        ({"fastv_ratio": 0.5}, ["--level", "full"], "level full of"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_sentence_and_starts_no_engine(
+    section: dict[str, Any] | None,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", hybrid=section)
+    Image.new("RGB", (40, 40)).save(tmp_path / "picture.png")
+    monkeypatch.setattr(show, "_in_own_process", lambda *_: pytest.fail("an engine starts"))
+    monkeypatch.chdir(tmp_path)
+    assert run_show(monkeypatch, checkpoint, tmp_path / "picture.png", *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vllm-hybrid: error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_section_for_another_architecture_cannot_be_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = write_checkpoint(tmp_path / "plain")
+    checkpoint = write_checkpoint(
+        tmp_path / "checkpoint", hybrid={"fastv_ratio": 0.5}, architecture="LlavaForConditionalGeneration"
+    )
     Image.new("RGB", (40, 40)).save(tmp_path / "picture.png")
-    monkeypatch.setattr(sys, "argv", ["vllm-hybrid", "show", str(checkpoint), str(tmp_path / "picture.png")])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code
-    assert "nothing to show" in capsys.readouterr().err
+    assert run_show(monkeypatch, checkpoint, tmp_path / "picture.png") == 1
+    assert "but not the architecture LlavaHybridForConditionalGeneration" in capsys.readouterr().err

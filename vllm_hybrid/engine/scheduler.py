@@ -29,9 +29,11 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_hybrid.engine.cost import KVBytes, cost_of
 from vllm_hybrid.frontend.beam_steps import prompt_tokens
 from vllm_hybrid.frontend.metrics import of_level
 from vllm_hybrid.frontend.picture_levels import level_of
+from vllm_hybrid.frontend.request_cost import COST, asks_cost
 from vllm_hybrid.kv.prefix_keys import ranked_block_hasher
 from vllm_hybrid.kv.shared_prefix import SharedPrefixManager
 from vllm_hybrid.kv.tier_manager import ImageCopy, TierManager
@@ -104,6 +106,7 @@ class HoleReclaim(_Scheduler):
         self.begun: set[BlockHash] = set()
         self.encodings_are_short = False
         self.promised: set[str] = set()
+        self.kv_bytes = KVBytes.of(self.kv_cache_config, self.vllm_config)
         self.totals: Counter[str] = Counter()
         self.reported: Counter[str] = Counter()
 
@@ -369,6 +372,7 @@ class HoleReclaim(_Scheduler):
                 self._give_back_holes(request, scheduler_output.num_scheduled_tokens[request_id])
         failed = self._fail(getattr(model_runner_output, FOREIGN_PAGES, ()))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._tell_costs(outputs)
         for request in failed:
             ended = EngineCoreOutput(
                 request_id=request.request_id,
@@ -379,6 +383,24 @@ class HoleReclaim(_Scheduler):
             )
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(ended)
         return outputs
+
+    def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """What vLLM's response says of a request that ends and still holds its blocks: its cost, if asked."""
+        delay, told = super()._connector_finished(request)
+        return delay, self._cost(request) if asks_cost(request.sampling_params) else told
+
+    def _tell_costs(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Add its cost to each output of a request that asks for it: the API server may end it by itself."""
+        for sent in outputs.values():
+            for output in sent.outputs:
+                request = self.requests.get(output.request_id)
+                if request is not None and asks_cost(request.sampling_params):
+                    output.kv_transfer_params = self._cost(request)
+
+    def _cost(self, request: Request) -> dict[str, Any]:
+        live = self.given_back.get(request.request_id, {})
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        return {COST: cost_of(request, live, self.hybrid.levels, managers, self.kv_bytes)}
 
     def _fail(self, request_ids: Sequence[str]) -> list[Request]:
         """End requests whose pages held another's data, before this step's tokens count as answers.

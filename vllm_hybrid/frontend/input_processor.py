@@ -14,6 +14,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_hybrid.frontend import beam_steps
 from vllm_hybrid.frontend.picture_levels import choose_levels
 from vllm_hybrid.frontend.request_checks import ImageInput, check_request
+from vllm_hybrid.frontend.request_cost import check_asks_cost
 from vllm_hybrid.startup.settings import check_options, hybrid_config, reduces
 
 
@@ -39,6 +40,7 @@ class HybridInputProcessor(InputProcessor):
             request = super().process_inputs(request_id, prompt, *args, **kwargs)
             check_request(request, self.image)
             choose_levels(request, prompt, self.levels)
+            check_asks_cost(request.sampling_params)
         except Exception:
             self._forget_unsent(prompt)
             raise

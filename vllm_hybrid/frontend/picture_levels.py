@@ -95,8 +95,8 @@ def _level(levels: Levels, asked: object, detail: object) -> Level:
 
 def level_of(identifier: str, levels: Levels) -> Level:
     """The level of the picture that an identifier is of; one that says none is at the default level."""
-    name = identifier.rpartition(_MARK)[2]
-    return levels.named(name) if name in levels.names else levels.default
+    _, mark, name = identifier.rpartition(_MARK)
+    return levels.named(name) if mark and name in levels.names else levels.default
 
 
 def tell_level(feature: MultiModalFeatureSpec, levels: Levels) -> None:

@@ -48,7 +48,7 @@ def _ranked_by(
 ) -> tuple[Any, ...]:
     """What follows each image that begins in a stretch, up to the position that ranks it.
 
-    Of one that needs nothing behind it, nothing is said: its tokens and its identifier are in the keys anyway.
+    Of one that needs nothing behind it nothing is said: its tokens and its identifier are in the keys anyway.
     """
     features = request.mm_features
     if not features or features[-1].mm_position.offset < start:
