@@ -47,12 +47,12 @@ def _ranks(values: list[float] | list[int]) -> np.ndarray:
 
 def unseen_counts(checkpoint: Path, pictures: int) -> tuple[dict[str, list[int]], list[float]]:
     """Live tokens of each level and busyness of so many unseen scenes."""
-    thresholds = json.loads((checkpoint / "config.json").read_text())["hybrid"]["thresholds"]
+    levels = json.loads((checkpoint / "config.json").read_text())["hybrid"]["levels"]
     tower, image_processor = load_tower(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         files = write_scenes(Path(folder), UNSEEN_SERIES, pictures)
         counts = {
-            level: live_counts(tower, image_processor, files, thresholds[level], batch_size=8)
+            level: live_counts(tower, image_processor, files, levels[level]["thresholds"], batch_size=8)
             for level in LEVELS
         }
         return counts, [busyness(file) for file in files]

@@ -1,10 +1,10 @@
-"""Sends pictures to a running server and shows what each one cost: tokens in all, live, kept, and KV saved.
+"""Asks a running server about pictures, each at several details, and shows the answers and what they cost.
 
-The server is BASE_URL, or http://localhost:8000. Token counts come from its /metrics before and after each
-question, so other users' questions in between would be counted too.
+The server is BASE_URL, or http://localhost:8000. A detail may be OpenAI's (auto, low, high, original) or a
+level's name. What a question cost, its response tells.
 
     python examples/demo.py
-    python examples/demo.py --picture photo.jpg --question "What is this?"
+    python examples/demo.py --picture photo.jpg --question "What is this?" --detail low --detail original
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import os
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
-from openai import APIConnectionError, OpenAI, OpenAIError
+from openai import APIConnectionError, BadRequestError, OpenAI, OpenAIError
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_hybrid.demo.model import SHIPPED_SERIES
 from vllm_hybrid.demo.scenes import draw_scene
@@ -31,7 +29,9 @@ from vllm_hybrid.tools.pictures import load_rgb
 BASE_URL = os.environ.get("BASE_URL", "http://localhost:8000").rstrip("/").removesuffix("/v1")
 # Scenes that ship with the demo model, by number.
 SHOWN = (2, 5, 0)
-COUNTERS = ("images", "patches", "live_tokens", "kept_tokens", "blocks_given_back")
+DETAILS = ("low", "auto", "high", "original")
+# As wide as what is printed in front of an answer.
+COST_WIDTH = 51
 
 
 def main() -> None:
@@ -43,6 +43,7 @@ def main() -> None:
         "--picture", action="append", help="a picture file; again for more; default: drawn ones"
     )
     parser.add_argument("--question", default="What is in the picture?")
+    parser.add_argument("--detail", action="append", help=f"again for more; default: {', '.join(DETAILS)}")
     parser.add_argument("--max-tokens", type=int, default=64)
     options = parser.parse_args()
     try:
@@ -51,9 +52,10 @@ def main() -> None:
             chosen = {f"scene-{number}": _scene(number) for number in SHOWN}
         client = OpenAI(base_url=f"{BASE_URL}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"))
         model = client.models.list().data[0]
-        tiers = decoder_tiers(getattr(model, "root", None))
         for name, picture in chosen.items():
-            ask(client, model.id, name, picture, options.question, options.max_tokens, tiers)
+            print(f"\n{name}: {options.question}")
+            for detail in options.detail or DETAILS:
+                print(f"  {detail:<9}", *ask(client, model.id, picture, detail, options), sep="  ")
     except (APIConnectionError, urllib.error.URLError):
         sys.exit(f"no server answers at {BASE_URL}: start one with `make serve`, or set BASE_URL")
     except (OpenAIError, ValueError) as error:
@@ -63,119 +65,50 @@ def main() -> None:
 def ask(
     client: OpenAI,
     model: str,
-    name: str,
     picture: Image.Image,
-    question: str,
-    max_tokens: int,
-    tiers: tuple[int, int] | None,
-) -> None:
-    """Ask about one picture and print the answer and what it cost."""
-    before = read_counters()
-    started = time.perf_counter()
-    reply = client.chat.completions.create(
-        model=model,
-        messages=[
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": data_url(picture)}},
-                    {"type": "text", "text": question},
-                ],
-            }
-        ],
-        max_tokens=max_tokens,
-        temperature=0,
-    )
-    seconds = time.perf_counter() - started
-    usage = reply.usage
-    print(f"\n{name}: {question}")
-    print(f"  answer         {(reply.choices[0].message.content or '').strip()}")
-    print(f"  prompt tokens  {usage.prompt_tokens if usage else '?'}   ({seconds:.2f} s)")
-    for line in costs(before, counters_after(before), usage.prompt_tokens if usage else None, tiers):
-        print(f"  {line}")
+    detail: str,
+    options: argparse.Namespace,
+) -> tuple[str, str]:
+    """What one picture cost at a detail, and the answer; in their place why the server knows no such detail.
+
+    Args:
+        client: the server's.
+        model: the name it serves the model by.
+        picture: what is asked about.
+        detail: what is sent with it.
+        options: with ``question`` and ``max_tokens``.
+
+    """
+    image: Any = {"type": "image_url", "image_url": {"url": data_url(picture), "detail": detail}}
+    content = [image, {"type": "text", "text": options.question}]
+    try:
+        reply = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": content}],
+            max_tokens=options.max_tokens,
+            temperature=0,
+            extra_body={"vllm_xargs": {"hybrid_cost": 1}},
+        )
+    except BadRequestError as error:
+        if error.param != "detail" or not isinstance(error.body, dict):
+            raise
+        return "not asked:", error.body["message"]
+    cost = told((getattr(reply, "kv_transfer_params", None) or {}).get("hybrid"))
+    return f"{cost:<{COST_WIDTH}}", (reply.choices[0].message.content or "").strip()
 
 
 def _scene(number: int) -> Image.Image:
     return Image.fromarray(draw_scene([SHIPPED_SERIES, number]).pixels)
 
 
-def costs(
-    before: dict[str, float] | None,
-    after: dict[str, float] | None,
-    prompt_tokens: int | None,
-    tiers: tuple[int, int] | None,
-) -> list[str]:
-    """Lines on image tokens and KV cache from counters before and after one question.
-
-    Args:
-        before: counters by name, None where the server exports none.
-        after: the same afterwards.
-        prompt_tokens: the prompt's length, image patches included.
-        tiers: decoder layers before and after FastV's choice; None where they are not known.
-
-    """
-    if before is None or after is None:
-        return ["image tokens   not known: the server exports no vllm_hybrid counters (is anything reduced?)"]
-    images, patches, live, kept, blocks = (after[name] - before[name] for name in COUNTERS)
-    if images == 0:
-        return ["image tokens   not known: the server counted no image for this question"]
-    lines = [f"image tokens   {patches:.0f} patches -> {live:.0f} live -> {kept:.0f} kept"]
-    if images > 1:
-        lines[0] += f"   ({images:.0f} images: others are using the server)"
-    if tiers is not None and prompt_tokens is not None and images == 1:
-        saved = kv_saved(patches, live, kept, prompt_tokens - patches, *tiers)
-        lines.append(f"KV saved       {saved:.0%} of the prompt's   ({blocks:.0f} blocks given back)")
-    else:
-        lines.append(f"KV blocks      {blocks:.0f} given back")
-    return lines
-
-
-def kv_saved(patches: float, live: float, kept: float, text: float, lower: int, upper: int) -> float:
-    """Share of the prompt's keys and values that need not be kept.
-
-    Layers before FastV's choice hold the live image tokens, those after it the kept ones, all hold the text.
-    """
-    held = lower * (live + text) + upper * (kept + text)
-    return 1 - held / ((lower + upper) * (patches + text))
-
-
-def decoder_tiers(folder: str | None) -> tuple[int, int] | None:
-    """Decoder layers before and after FastV's choice, if the served checkpoint is on this machine."""
-    file = Path(folder or "") / "config.json"
-    if folder is None or not file.is_file():
-        return None
-    from transformers import LlavaConfig
-
-    section = json.loads(file.read_text()).get("hybrid") or {}
-    layers = LlavaConfig.from_pretrained(folder).text_config.num_hidden_layers
-    lower = section.get("fastv_layer", 2) if section.get("fastv_ratio") else layers
-    return lower, layers - lower
-
-
-def counters_after(before: dict[str, float] | None) -> dict[str, float] | None:
-    """The counters once the question is in them: the server publishes them shortly after its answer."""
-    for _ in range(20):
-        after = read_counters()
-        if before is None or after is None or after["images"] > before["images"]:
-            return after
-        time.sleep(0.1)
-    return after
-
-
-def read_counters() -> dict[str, float] | None:
-    """The server's counters by name, over all engines; None where it exports none of ours."""
-    try:
-        with urllib.request.urlopen(f"{BASE_URL}/metrics", timeout=30) as reply:
-            text = reply.read().decode()
-    except urllib.error.HTTPError:
-        return None
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            name = sample.name.removeprefix("vllm_hybrid:").removesuffix("_total")
-            if sample.name == f"vllm_hybrid:{name}_total":
-                found[name] = found.get(name, 0.0) + sample.value
-    return {name: found.get(name, 0.0) for name in COUNTERS} if found else None
+def told(cost: dict[str, Any] | None) -> str:
+    """A request's cost in words, as the server's response tells it; None where it does not."""
+    if cost is None:
+        return "nothing is reduced"
+    (image,) = cost["images"]
+    saved = 1 - cost["kv_bytes"] / cost["kv_bytes_full"]
+    tokens = f"{image['tokens']} -> {image['live_tokens']:3} live -> {image['kept_tokens']:3} kept"
+    return f"{image['level']:<8}{tokens}, {saved:3.0%} KV saved"
 
 
 def data_url(picture: Image.Image) -> str:

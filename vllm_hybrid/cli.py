@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from vllm_hybrid import __version__
+from vllm_hybrid.config import HybridConfig
 from vllm_hybrid.errors import one_line
 from vllm_hybrid.evaluation.command import evaluate
+from vllm_hybrid.levels import FULL, UNNAMED
 from vllm_hybrid.tools.progress import progress as _progress
 
 app = typer.Typer(
@@ -25,7 +27,22 @@ Checkpoint = Annotated[Path, typer.Argument(help="Folder of a LLaVA-1.5 checkpoi
 Out = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is already there.")]
 Tokens = Annotated[
-    int | None, typer.Option(help="Live tokens per picture, on average, that calibration is to reach.")
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]NUMBER",
+        help="Live tokens per picture to reach on average; NAME=NUMBER, repeated, for several levels at "
+        "once, the default one first.",
+        show_default=False,
+    ),
+]
+Ratio = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]RATIO",
+        help="Share of an image's live tokens to drop, from 0 to below 1, at all levels; NAME=RATIO, "
+        "repeated, for single ones. A level that has a name here and not in --tokens merges nothing.",
+        show_default=False,
+    ),
 ]
 Images = Annotated[Path | None, typer.Option(help="Folder of pictures to calibrate on.")]
 SkipUnreadable = Annotated[
@@ -77,18 +94,21 @@ def prepare(
     out: Out,
     thresholds: Annotated[
         Path | None,
-        typer.Option(help="File with merge thresholds: JSON, or DyMU's threshold checkpoint (.pth)."),
+        typer.Option(
+            help="File with merge thresholds or levels: JSON, or DyMU's threshold checkpoint (.pth)."
+        ),
     ] = None,
-    level: Annotated[str | None, typer.Option(help="The level to serve, where the file has several.")] = None,
+    level: Annotated[
+        str | None,
+        typer.Option(help="The default level, where levels have names; the file's or the first if left out."),
+    ] = None,
     images: Images = None,
     tokens: Tokens = None,
     skip_unreadable: SkipUnreadable = False,
     fastv_layer: Annotated[
         int | None, typer.Option(help="Decoder layers before image tokens are dropped; 2 if left out.")
     ] = None,
-    fastv_ratio: Annotated[
-        float | None, typer.Option(help="Share of an image's live tokens to drop, from 0 to below 1.")
-    ] = None,
+    fastv_ratio: Ratio = None,
     assistant_header: Annotated[
         str | None,
         typer.Option(
@@ -99,10 +119,13 @@ def prepare(
 ) -> None:
     """Make OUT servable from a LLaVA-1.5 checkpoint; its weights are linked, not copied.
 
-    Without --thresholds or --images nothing is merged; without --fastv-ratio nothing is dropped.
+    Without --thresholds or --images nothing is merged; without --fastv-ratio nothing is dropped. Where
+    --tokens, --fastv-ratio or the file have names, these become levels, among which a request may choose.
     """
+    from vllm_hybrid.tools.level_options import parse_ratios, parse_tokens
     from vllm_hybrid.tools.prepare import prepare as prepare_checkpoint
 
+    wanted, ratios = parse_tokens(tokens or ()), parse_ratios(fastv_ratio or ())
     with _progress() as progress:
         hybrid = prepare_checkpoint(
             checkpoint,
@@ -110,18 +133,30 @@ def prepare(
             thresholds=thresholds,
             level=level,
             images=images,
-            tokens=tokens,
+            tokens=wanted,
             fastv_layer=fastv_layer,
-            fastv_ratio=fastv_ratio,
+            fastv_ratio=ratios,
             assistant_header=assistant_header,
             force=force,
             progress=progress,
             skip_unreadable=skip_unreadable,
         )
-    merging = f"level {hybrid.level}" if hybrid.merges and hybrid.level else "on" if hybrid.merges else "off"
-    pruning = f"{hybrid.fastv_ratio:g} after layer {hybrid.fastv_layer}" if hybrid.prunes else "off"
-    print(f"{out}: merging {merging}, FastV {pruning}; serve it with")
+    print(f"{out}: {_in_words(hybrid)}; serve it with")
     print(f"  vllm serve {out}")
+
+
+def _in_words(hybrid: HybridConfig) -> str:
+    """What a checkpoint will be served with: its levels and the default one, or its only setting."""
+    levels, after = hybrid.levels, f" after layer {hybrid.fastv_layer}"
+    if set(levels.names) <= {UNNAMED, FULL}:
+        merging = "on" if levels.default.merges else "off"
+        pruning = f"{levels.default.fastv_ratio:g}{after}" if hybrid.prunes else "off"
+        return f"merging {merging}, FastV {pruning}"
+    settings = []
+    for level in levels:
+        parts = ["merging"] * level.merges + [f"FastV {level.fastv_ratio:g}"] * level.prunes
+        settings.append(f"{level.name} ({', '.join(parts) or 'all tokens'})")
+    return f"levels {', '.join(settings)}; default {levels.default.name}{f'; FastV{after}' * hybrid.prunes}"
 
 
 @app.command()
@@ -130,14 +165,8 @@ def calibrate(
     images: Annotated[
         Path, typer.Option(help="Folder of pictures that resemble the later ones.", show_default=False)
     ],
-    tokens: Annotated[
-        list[str],
-        typer.Option(
-            help="Live tokens per picture to reach on average; NAME=NUMBER, repeated, for several levels at "
-            "once, the default one first.",
-            show_default=False,
-        ),
-    ],
+    tokens: Tokens,
+    fastv_ratio: Ratio = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write; printed if left out.")] = None,
     schedule: Annotated[
         str, typer.Option(help="Which layers merge more: constant (all alike) or reverse-linear (late ones).")
@@ -146,32 +175,50 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Deals the pictures out to batches.")] = 0,
     skip_unreadable: SkipUnreadable = False,
 ) -> None:
-    """Find merge thresholds that leave TOKENS live tokens of a picture on average.
+    """Find merge thresholds that leave a wanted number of live tokens of a picture on average.
+
+    Where --tokens or --fastv-ratio have names, OUT holds levels, for prepare or for hybrid.levels.
 
     With --out, a run that was cut off goes on where it was, also with pictures added or taken away: what it
     found lies in OUT.partial.
     """
     import json
 
+    from vllm_hybrid.tools.level_options import parse_ratios, parse_tokens, section_of
     from vllm_hybrid.tools.prepare import calibrate_checkpoint
-    from vllm_hybrid.tools.thresholds import parse_levels, write_thresholds
+    from vllm_hybrid.tools.thresholds import write_thresholds
 
     if out is not None and not out.absolute().parent.is_dir():
         raise ValueError(f"{out.absolute().parent} is no folder; make it, or give another --out")
-    levels = parse_levels(tokens)
+    wanted, ratios = parse_tokens(tokens or ()) or {}, parse_ratios(fastv_ratio or ())
     journal = None if out is None else out.with_name(out.name + ".partial")
     with _progress() as progress:
         calibration = calibrate_checkpoint(
-            checkpoint, images, levels, batch_size, seed, progress, schedule, journal, skip_unreadable
+            checkpoint,
+            images,
+            wanted,
+            batch_size,
+            seed,
+            progress,
+            schedule,
+            journal,
+            skip_unreadable,
+            fastv_ratio=ratios,
         )
-    found = calibration.thresholds
+    levels = calibration.levels
     if out is None:
-        print(json.dumps(found[""] if list(found) == [""] else found))
+        section = section_of(levels)
+        print(json.dumps(section["thresholds"] if section.keys() == {"thresholds"} else section))
         return
-    write_thresholds(out, found, levels, calibration.pictures)
-    for level, thresholds in found.items():
-        named = f", level {level}" if level else ""
-        print(f"{out}{named}: {len(thresholds)} thresholds for {levels[level]} tokens on average")
+    write_thresholds(out, levels, calibration.tokens, calibration.pictures)
+    for name, setting in levels.items():
+        parts = []
+        if name in calibration.tokens:
+            count = len(setting["thresholds"])
+            parts.append(f"{count} thresholds for {calibration.tokens[name]} tokens on average")
+        if "fastv_ratio" in setting:
+            parts.append(f"FastV {setting['fastv_ratio']:g}")
+        print(f"{out}{f', level {name}' if name else ''}: {', '.join(parts)}")
 
 
 @app.command()
@@ -180,11 +227,14 @@ def show(
     image: Annotated[Path, typer.Argument(help="Picture file.", show_default=False)],
     question: Annotated[str, typer.Option(help="What to ask about it.")] = "What is in this picture?",
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("show.png"),
-    level: Annotated[str | None, typer.Option(help="Thresholds to use, where there are several.")] = None,
+    level: Annotated[str | None, typer.Option(help="The level to show; the default one if left out.")] = None,
     tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     dtype: Annotated[str, typer.Option(help="Number format, as for vllm serve.")] = "auto",
 ) -> None:
-    """Draw what is merged and dropped of a picture for a question, with both models' answers."""
+    """Draw what a level merges and drops of a picture for a question, with its answer and the full level's.
+
+    Any level of the checkpoint's may be named; one engine answers at both.
+    """
     from vllm_hybrid.tools.pictures import load_rgb
     from vllm_hybrid.tools.show import show as draw_sheet
 

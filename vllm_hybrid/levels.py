@@ -20,6 +20,8 @@ UNNAMED = "default"
 AUTO = "auto"
 # OpenAI's others: fewest tokens, more of them, the picture as it is.
 LOW, HIGH, ORIGINAL = "low", "high", "original"
+# The extra argument of a request that names the level of all its pictures, in ``vllm_xargs``.
+REQUEST_LEVEL = "hybrid_level"
 # A level's number travels in bfloat16, which holds whole numbers exactly up to 256.
 MOST_LEVELS = 256
 LEVEL_KEYS = ("thresholds", "fastv_ratio")

@@ -11,6 +11,7 @@ Environment variables, read when VLMEvalKit builds the model:
     LLAVA_HYBRID_MODEL           the name it serves the model by; default its only one
     LLAVA_HYBRID_KEY             the server's API key, if it wants one
     LLAVA_HYBRID_MAX_TOKENS      the longest answer; default 512
+    LLAVA_HYBRID_DETAIL          the pictures' detail, such as the name of a level; default auto
     LLAVA_HYBRID_CAPTION_PROMPT  asks for captions in place of VLMEvalKit's prompt
 """
 
@@ -75,10 +76,12 @@ def build(**options: Any) -> Any:
         "max_tokens": int(os.environ.get("LLAVA_HYBRID_MAX_TOKENS", "512")),
         # As large as they are: the server scales pictures as LLaVA wants them.
         "img_size": -1,
-        "img_detail": "high",
         "timeout": 600,
     }
-    return LLaVAHybrid(**{**fixed, **options})
+    model = LLaVAHybrid(**{**fixed, **options})
+    # The wrapper's argument takes OpenAI's "low" and "high" only, either of which would choose a level.
+    model.img_detail = os.environ.get("LLAVA_HYBRID_DETAIL", "auto")
+    return model
 
 
 def _only_model(url: str, key: str) -> str:

@@ -21,6 +21,7 @@ from tests.support.engines import (
     hybrid_section,
     images,
     logprob_gap,
+    picture_of,
     serve,
     thresholds,
 )
@@ -70,9 +71,7 @@ def test_every_level_of_a_mixed_batch_answers_as_on_a_server_of_its_own(served: 
     assert all(output.num_cached_tokens for output in cached)
     for level, mode in ALONE.items():
         own = serve(hybrid_section(mode))
-        plain = [
-            Ask(ask.text, tuple(image.image for image in ask.images)) for name, ask in mixed if name == level
-        ]
+        plain = [Ask(ask.text, tuple(map(picture_of, ask.images))) for name, ask in mixed if name == level]
         expected = own.generate(plain)
         for outputs in (together, cached):
             found = [output for (name, _), output in zip(mixed, outputs, strict=True) if name == level]

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from openai.resources.chat.completions import AsyncCompletions
 from PIL import Image
@@ -857,6 +859,183 @@ def test_two_servers_may_serve_one_name(tmp_path: Path, monkeypatch: pytest.Monk
         assert evaluate(monkeypatch, *options) == 0
     report = json.loads((tmp_path / "Toy" / "tiny-and-tiny-compared.json").read_text())
     assert [model["scores"]["Exact match"] for model in report["models"]] == [100, 0]
+
+
+# ---- details --------------------------------------------------------------------------------------
+
+
+def details_of(request: dict[str, Any]) -> list[str | None]:
+    """The details of a request's pictures."""
+    *pictures, _ = request["messages"][0]["content"]
+    return [part["image_url"].get("detail") for part in pictures]
+
+
+@pytest.fixture
+def by_detail(monkeypatch: pytest.MonkeyPatch) -> dict[str | None, str]:
+    """What a server answers at each detail; any other it refuses as ours does."""
+    said: dict[str | None, str] = {None: "yes"}
+    create = AsyncCompletions.create
+
+    async def answer(self: AsyncCompletions, **request: Any) -> Any:
+        (detail,) = set(details_of(request))
+        if detail not in said:
+            error = {"message": f"detail is {detail!r}, which means no level", "param": "detail"}
+            refusal: Any = httpx.Response(400, request=httpx.Request("POST", "http://server/v1"))
+            raise openai.BadRequestError("Error code: 400", response=refusal, body=error)
+        reply = await create(self, **request)
+        reply.choices[0].message.content = said[detail]
+        return reply
+
+    monkeypatch.setattr(AsyncCompletions, "create", answer)
+    return said
+
+
+def test_without_a_detail_none_is_sent(
+    captions: Path, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluate(monkeypatch, "--data", captions, "--url", server.url, "--out", tmp_path) == 0
+    assert [details_of(request) for request in server.requests] == [[None]] * 4
+    assert "detail" not in json.loads((tmp_path / "COCO_VAL" / "tiny" / "settings.json").read_text())
+
+
+def test_details_are_asked_of_one_server_and_reported_side_by_side(
+    tmp_path: Path,
+    server: FakeServer,
+    by_detail: dict[str | None, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = questions(tmp_path / "Toy.tsv", {str(n): ["yes"] for n in range(4)})
+    by_detail |= {"low": "no", "mid": "yes", "original": "yes"}
+    options = ("--data", file, "--url", server.url, "--out", tmp_path)
+    assert evaluate(monkeypatch, *options, "--detail", "low") == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "             tiny-at-low",
+        "Exact match         0.00",
+    ]
+    # Two are compared as two servers are.
+    assert evaluate(monkeypatch, *options, "--detail", "low", "--detail", "mid") == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[:3] == [
+        "              tiny-at-low  tiny-at-mid  difference",
+        "Exact match          0.00       100.00     +100.00",
+        "same answers                      0.0%",
+    ]
+    assert "asking tiny at mid" in shown.err
+    more = ("--detail", "low", "--detail", "mid", "--detail", "original")
+    assert evaluate(monkeypatch, *options, *more) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "                             tiny-at-low  tiny-at-mid  tiny-at-original",
+        "Exact match                         0.00       100.00            100.00",
+        "same answers as tiny-at-low       100.0%         0.0%              0.0%",
+    ]
+    # Every detail was asked once about every row, whichever runs it was in.
+    assert Counter(detail for request in server.requests for detail in details_of(request)) == {
+        "low": 4,
+        "mid": 4,
+        "original": 4,
+    }
+    folder = tmp_path / "Toy"
+    assert sorted(f.name for f in folder.iterdir() if f.suffix == ".json") == [
+        "tiny-at-low-and-mid-and-original.json",
+        "tiny-at-low-and-mid.json",
+        "tiny-at-low.json",
+    ]
+    for detail in ("low", "mid", "original"):
+        answers = lines(folder / f"tiny-at-{detail}" / "predictions.jsonl")
+        assert {line["prediction"] for line in answers} == {by_detail[detail]}
+        assert json.loads((folder / f"tiny-at-{detail}" / "settings.json").read_text())["detail"] == detail
+    models = json.loads((folder / "tiny-at-low-and-mid-and-original.json").read_text())["models"]
+    assert [(model["settings"]["detail"], model["same_answers"]) for model in models] == [
+        ("low", 100),
+        ("mid", 0),
+        ("original", 0),
+    ]
+
+
+def test_a_stopped_run_goes_on_at_each_detail(
+    tmp_path: Path, server: FakeServer, by_detail: dict[str | None, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = questions(tmp_path / "Toy.tsv", {str(n): ["yes"] for n in range(5)})
+    by_detail |= {"low": "no", "mid": "yes"}
+    options = ("--data", file, "--url", server.url, "--out", tmp_path)
+    assert evaluate(monkeypatch, *options, "--limit", "3", "--detail", "mid") == 0
+    assert evaluate(monkeypatch, *options, "--limit", "2") == 0
+    assert evaluate(monkeypatch, *options, "--detail", "low", "--detail", "mid") == 0
+    asked = [
+        (details_of(request)[0], text) for request, text in zip(server.requests, server.texts(), strict=True)
+    ]
+    assert len(asked) == len(set(asked)) == 3 + 2 + 5 + 2
+    for name, count, said in (("tiny", 2, "yes"), ("tiny-at-low", 5, "no"), ("tiny-at-mid", 5, "yes")):
+        answers = lines(tmp_path / "Toy" / name / "predictions.jsonl")
+        assert [line["prediction"] for line in answers] == [said] * count
+
+
+def test_answers_at_one_detail_are_not_taken_for_anothers(
+    tmp_path: Path,
+    server: FakeServer,
+    by_detail: dict[str | None, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two details may make one name of a folder."""
+    file = questions(tmp_path / "Toy.tsv", {"1": ["yes"]})
+    by_detail |= {"a b": "yes", "a/b": "no"}
+    options = ("--data", file, "--url", server.url, "--out", tmp_path)
+    assert evaluate(monkeypatch, *options, "--detail", "a b") == 0
+    message = refused(monkeypatch, capsys, *options, "--detail", "a/b")
+    assert "has answers with detail 'a b', not 'a/b'; give another --out" in message
+
+
+def test_two_models_are_compared_at_every_detail(
+    tmp_path: Path,
+    by_detail: dict[str | None, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = questions(tmp_path / "Toy.tsv", {"1": ["yes"], "2": ["no"]})
+    by_detail |= {"low": "no", "mid": "yes"}
+    with fake_server(lambda *_: "", "a", "b") as server:
+        options = ("--data", file, "--url", server.url, "--out", tmp_path)
+        names = ("--model", "a", "--compare-model", "b")
+        assert evaluate(monkeypatch, *options, *names, "--detail", "low", "--detail", "mid") == 0
+        table = capsys.readouterr().out.splitlines()
+        assert table[0].split() == ["a-at-low", "a-at-mid", "b-at-low", "b-at-mid"]
+        assert table[2].split()[-4:] == ["100.0%", "0.0%", "100.0%", "0.0%"]
+        pairs = [(request["model"], details_of(request)[0]) for request in server.requests]
+        assert Counter(pairs) == dict.fromkeys([("a", "low"), ("a", "mid"), ("b", "low"), ("b", "mid")], 2)
+        assert (tmp_path / "Toy" / "a-and-b-at-low-and-mid.json").is_file()
+        # The same name at two servers, which at one detail stand side by side as without.
+        again = ("--model", "a", "--compare-url", server.url, "--compare-model", "a", "--detail", "low")
+        assert evaluate(monkeypatch, *options, *again) == 0
+    assert capsys.readouterr().out.split()[:3] == ["a-at-low", "a-compared-at-low", "difference"]
+    assert (tmp_path / "Toy" / "a-and-a-compared-at-low.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("details", "message"),
+    [
+        (["low", "lwo"], "refuses --detail lwo: detail is 'lwo', which means no level"),
+        (["lwo"], "refuses --detail lwo: detail is 'lwo', which means no level"),
+        (["low", "mid", "low"], "--detail low is given 2 times; give it once"),
+        ([" "], "--detail is empty; give the name of a level"),
+    ],
+)
+def test_a_wrong_detail_ends_the_run_before_the_long_part(
+    details: list[str],
+    message: str,
+    tmp_path: Path,
+    server: FakeServer,
+    by_detail: dict[str | None, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = questions(tmp_path / "Toy.tsv", {str(n): ["yes"] for n in range(20)})
+    by_detail |= {"low": "no", "mid": "yes"}
+    options = [part for detail in details for part in ("--detail", detail)]
+    more = ("--out", tmp_path, "--concurrency", "1")
+    assert message in refused(monkeypatch, capsys, "--data", file, "--url", server.url, *more, *options)
+    assert len(server.requests) <= 1
 
 
 @pytest.mark.parametrize(

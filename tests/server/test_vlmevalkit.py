@@ -41,6 +41,7 @@ class GPT4V:
                  temperature=0, timeout=60, api_base=None, max_tokens=2048, img_size=512, img_detail="low"):
         assert key.startswith("sk-") and img_detail in ("high", "low") and img_size == -1
         self.url, self.model, self.retry, self.key = api_base, model, retry, key
+        self.img_detail = img_detail
         self.fixed = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
     def set_dump_image(self, function):
         self.dump_image_func = function
@@ -51,7 +52,8 @@ class GPT4V:
         for part in message:
             if part["type"] == "image":
                 content = base64.b64encode(open(part["value"], "rb").read()).decode()
-                parts.append({"type": "image_url", "image_url": {"url": "data:image/png;base64," + content}})
+                image = {"url": "data:image/png;base64," + content, "detail": self.img_detail}
+                parts.append({"type": "image_url", "image_url": image})
             else:
                 parts.append({"type": "text", "text": part["value"]})
         body = json.dumps({**self.fixed, "messages": [{"role": "user", "content": parts}]}).encode()
@@ -137,6 +139,14 @@ def test_captions_may_be_asked_for_in_other_words(kit: Path, server: FakeServer)
     assert server.texts() == ["Short!", "VLMEvalKit's own"]
     assert [request["max_tokens"] for request in server.requests] == [30, 512]
     assert {request["model"] for request in server.requests} == {"b"}
+
+
+def test_the_detail_is_the_servers_choice_or_the_users(kit: Path, server: FakeServer) -> None:
+    """Not the wrapper's "low" or "high", which would be a level."""
+    assert run(kit, "COCO_VAL", LLAVA_HYBRID_URL=server.url).returncode == 0
+    assert run(kit, "COCO_VAL", LLAVA_HYBRID_URL=server.url, LLAVA_HYBRID_DETAIL="mid").returncode == 0
+    pictures = [request["messages"][0]["content"][0]["image_url"] for request in server.requests]
+    assert [picture["detail"] for picture in pictures] == ["auto", "mid"]
 
 
 def test_what_is_missing_is_said(kit: Path, server: FakeServer) -> None:

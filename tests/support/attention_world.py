@@ -59,6 +59,8 @@ class World:
         self.images = StepImages.of(
             starts,
             torch.stack(owner) if owner else torch.empty(0, PATCHES, dtype=torch.int64),
+            torch.zeros(len(owner), dtype=torch.int64),
+            [0.0],
             self.positions,
         )
         inverse = THETA ** -(torch.arange(0, self.head_size, 2) / self.head_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.conftest import Made
 from tests.support.paths import ROOT
 from tests.support.tiny_checkpoints import write_checkpoint
 from vllm_hybrid import cli
+from vllm_hybrid.config import HybridConfig
 from vllm_hybrid.demo.pictures import write_pictures
 from vllm_hybrid.tools.thresholds import read_thresholds
 
@@ -58,7 +60,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert "--fastv-ratio" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["prepare"], ["prepare", "a", "b", "--fastv-ratio", "half"], ["fly"]])
+@pytest.mark.parametrize("arguments", [["prepare"], ["prepare", "a", "b", "--fastv-layer", "two"], ["fly"]])
 def test_wrong_usage(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,7 +75,11 @@ def test_prepare(
     thresholds.write_text(json.dumps({"low": [0.5, 0.5, 0.5], "high": [0.9, 0.9, 0.9]}))
     options = ("--thresholds", thresholds, "--level", "low", "--fastv-layer", "3", "--fastv-ratio", "0.25")
     assert command(monkeypatch, "prepare", plain, out, *options) == 0
-    assert "merging level low, FastV 0.25 after layer 3" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == [
+        f"{out}: levels low (merging, FastV 0.25), high (merging, FastV 0.25), full (all tokens); "
+        "default low; FastV after layer 3; serve it with",
+        f"  vllm serve {out}",
+    ]
     assert json.loads((out / "config.json").read_text())["hybrid"]["default_level"] == "low"
 
     assert command(monkeypatch, "prepare", plain, out) == 1
@@ -82,6 +88,48 @@ def test_prepare(
     assert error == f"vllm-hybrid: error: {out} {reason}\n"
     assert command(monkeypatch, "prepare", plain, out, "--force") == 0
     assert "merging off, FastV off" in capsys.readouterr().out
+    assert command(monkeypatch, "prepare", plain, out, "--force", "--fastv-ratio", "0.5") == 0
+    assert "merging off, FastV 0.5 after layer 2" in capsys.readouterr().out
+
+
+def test_prepare_with_levels(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What calibrate writes, prepare reads; and prepare can do both."""
+    write_pictures(tmp_path / "pictures")
+    numbers = ("--images", tmp_path / "pictures", "--tokens", "mid=250", "--tokens", "low=120")
+    ratios = ("--fastv-ratio", "low=0.5", "--fastv-ratio", "pruned=0.75")
+    file = tmp_path / "levels.json"
+    assert command(monkeypatch, "calibrate", plain, *numbers, *ratios, "--out", file) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}, level mid: 3 thresholds for 250 tokens on average",
+        f"{file}, level low: 3 thresholds for 120 tokens on average, FastV 0.5",
+        f"{file}, level pruned: FastV 0.75",
+    ]
+    held = json.loads(file.read_text())
+    assert held["default_level"] == "mid" and held["tokens"] == {"mid": 250, "low": 120}
+    assert list(held["levels"]) == ["mid", "low", "pruned"]
+    assert command(monkeypatch, "prepare", plain, tmp_path / "a", "--thresholds", file) == 0
+    assert command(monkeypatch, "prepare", plain, tmp_path / "b", *numbers, *ratios) == 0
+    shown = "levels mid (merging), low (merging, FastV 0.5), pruned (FastV 0.75), full (all tokens)"
+    assert capsys.readouterr().out.count(f"{shown}; default mid; FastV after layer 2; serve it with") == 2
+    sections = [json.loads((tmp_path / out / "config.json").read_text())["hybrid"] for out in ("a", "b")]
+    assert sections[0] == sections[1]
+    assert sections[0]["levels"] == held["levels"] and sections[0]["default_level"] == "mid"
+
+
+def test_calibrate_prints_what_a_section_takes(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path / "pictures")
+    wanted = ("calibrate", plain, "--images", tmp_path / "pictures", "--tokens", "mid=250")
+    assert command(monkeypatch, *wanted, "--fastv-ratio", "0.5") == 0
+    section = json.loads(capsys.readouterr().out)
+    hybrid = HybridConfig.parse(section, vision_layers=3, decoder_layers=8)
+    assert hybrid.levels.default.name == "mid" and hybrid.levels.default.fastv_ratio == 0.5
+    assert len(hybrid.levels.default.thresholds or ()) == 3
+    assert command(monkeypatch, *wanted[:-1], "250", "--fastv-ratio", "0.5") == 0
+    assert json.loads(capsys.readouterr().out) == section["levels"]["mid"]
 
 
 def test_calibrate(
@@ -135,9 +183,14 @@ def test_calibrate_several_levels(
     options = ("--images", tmp_path / "pictures", "--tokens", "mid=250", "--tokens", "low=120")
     assert command(monkeypatch, "calibrate", plain, *options, "--out", out) == 0
     assert "levels.json, level low: 3 thresholds for 120 tokens on average" in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert content.keys() == {"levels", "default_level", "tokens", "pictures"}
+    assert (content["tokens"], content["pictures"]) == ({"mid": 250, "low": 120}, 8)
     read = read_thresholds(out, 3, 4)
-    assert list(read["thresholds"]) == ["mid", "low"] and read["default_level"] == "mid"
-    assert all(m > n for m, n in zip(read["thresholds"]["mid"], read["thresholds"]["low"], strict=True))
+    assert list(read["levels"]) == ["mid", "low"] and read["default_level"] == "mid"
+    assert all(level.keys() == {"thresholds"} for level in read["levels"].values())
+    mid, low = (level["thresholds"] for level in read["levels"].values())
+    assert all(m > n for m, n in zip(mid, low, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +230,30 @@ def test_calibrate_several_levels(
         (
             ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "90", "--tokens", "mid=195"],
             "'90' needs a name",
+        ),
+        (
+            ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "=90"],
+            "'=90' is no number of tokens; write 195, or mid=195",
+        ),
+        (
+            ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "a=90", "--tokens", "a=95"],
+            "'a=95' needs a name of its own",
+        ),
+        (
+            ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "a=90", "--fastv-ratio", "b=1"],
+            "hybrid.levels.b.fastv_ratio is 1.0; give a number from 0 up to but not including 1",
+        ),
+        (
+            ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "auto=90"],
+            "has a level auto, but that detail means the default level; rename it",
+        ),
+        (
+            ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "90", "--fastv-ratio", "half"],
+            "'half' is no ratio; write 0.5, or mid=0.5",
+        ),
+        (
+            ["prepare", "PLAIN", "out", "--fastv-ratio", "0.5", "--fastv-ratio", "low=0.9"],
+            "'0.5' needs a name of its own among several levels; write mid=0.5",
         ),
         (
             ["calibrate", "PLAIN", "--images", "pictures", "--tokens", "90", "--schedule", "steep"],
@@ -260,36 +337,47 @@ def test_demo_model(demo_made: Made) -> None:
 
 
 class Server(BaseHTTPRequestHandler):
-    """Speaks the part of the API that the demo client uses; each answer counts one image."""
+    """Speaks the part of the API that the demo client uses; like the server it knows some details only."""
 
     root = ""
-    exports = True
-    images = 0
+    tells = True
+    # Level, live and kept tokens, and KV bytes.
+    details: ClassVar = {
+        "low": ("low", 96, 48, 7),
+        "auto": ("mid", 192, 96, 12),
+        "original": ("full", 576, 576, 50),
+    }
+    asked: ClassVar[list[tuple[str, str]]] = []
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             model = {"id": "m", "object": "model", "created": 0, "owned_by": "us", "root": self.root}
             return self._send(json.dumps({"object": "list", "data": [model]}))
-        counts = {"images": 1, "patches": 576, "live_tokens": 96, "kept_tokens": 48, "blocks_given_back": 40}
-        lines = ["# TYPE other counter", "other_total 3"]
-        for name, each in counts.items() if self.exports else ():
-            lines.append(f"# TYPE vllm_hybrid:{name} counter")
-            lines += [f'vllm_hybrid:{name}_total{{engine="{e}"}} {each * self.images * e}' for e in (0, 1)]
-        self._send("\n".join(lines) + "\n", "text/plain")
+        self._send("{}", status=404)
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         picture, text = request["messages"][0]["content"]
-        assert picture["image_url"]["url"].startswith("data:image/png;base64,")
-        type(self).images += 1
+        url, detail = picture["image_url"]["url"], picture["image_url"]["detail"]
+        assert url.startswith("data:image/png;base64,")
+        if detail not in self.details:
+            error = {"message": f"detail is {detail!r}, which means no level", "param": "detail", "code": 400}
+            return self._send(json.dumps({"error": error}), status=400)
+        self.asked.append((url, detail))
         message = {"role": "assistant", "content": f"An answer to {text['text']}"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         usage = {"prompt_tokens": 600, "completion_tokens": 4, "total_tokens": 604}
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-        self._send(json.dumps(reply | {"usage": usage}))
+        assert request["vllm_xargs"] == {"hybrid_cost": 1}
+        level, live, kept, kv_bytes = self.details[detail]
+        image = {"level": level, "tokens": 576, "live_tokens": live, "kept_tokens": kept}
+        cost = (
+            {"hybrid": {"images": [image], "kv_bytes": kv_bytes, "kv_bytes_full": 50}} if self.tells else None
+        )
+        self._send(json.dumps(reply | {"usage": usage, "kv_transfer_params": cost}))
 
-    def _send(self, text: str, kind: str = "application/json") -> None:
-        self.send_response(200)
+    def _send(self, text: str, kind: str = "application/json", status: int = 200) -> None:
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()
         self.wfile.write(text.encode())
@@ -300,7 +388,8 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    Server.images, Server.exports, Server.root = 0, True, ""
+    Server.tells, Server.root = True, ""
+    Server.asked.clear()
     listening = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=listening.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{listening.server_port}"
@@ -315,26 +404,38 @@ def demo(base_url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_demo_client(server: str, plain: Path, tmp_path: Path) -> None:
+    """The same picture at every detail, from one server; a detail it does not know costs no other."""
     Server.root = str(tmp_path / "out")
     assert not subprocess.run(
-        [sys.executable, "-m", "vllm_hybrid.cli", "prepare", plain, Server.root, "--fastv-ratio", "0.5"],
+        [sys.executable, "-m", "vllm_hybrid.cli", "prepare", plain, Server.root, "--fastv-ratio", "low=0.5"],
         cwd=ROOT,
     ).returncode
     done = demo(server, "--question", "What?")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("An answer to What?") == 3
-    assert done.stdout.count("576 patches -> 96 live -> 48 kept") == 3
-    # 2 layers hold 96 + 24 tokens, 6 hold 48 + 24, of 600 each: 672 of 4800 token-layers stay.
-    assert done.stdout.count("KV saved       86% of the prompt's   (40 blocks given back)") == 3
+    blocks = [block.splitlines() for block in done.stdout.strip().split("\n\n")]
+    assert [block[0] for block in blocks] == [f"scene-{number}: What?" for number in (2, 5, 0)]
+    expected = [
+        ["low", "low", "576 -> 96 live -> 48 kept, 86% KV saved", "An answer to What?"],
+        ["auto", "mid", "576 -> 192 live -> 96 kept, 76% KV saved", "An answer to What?"],
+        ["high", "not asked:", "detail is 'high', which means no level"],
+        ["original", "full", "576 -> 576 live -> 576 kept, 0% KV saved", "An answer to What?"],
+    ]
+    for block in blocks:
+        assert [re.split(r"  +", re.sub(r"(->|,) +", r"\1 ", line.strip())) for line in block[1:]] == expected
+        answers = {line.index("An answer") for line in block[1:] if "An answer" in line}
+        assert len(answers) == 1, "answers stand below each other"
+    assert [detail for _, detail in Server.asked] == ["low", "auto", "original"] * 3
+    assert len({url for url, _ in Server.asked}) == 3
 
 
 @pytest.mark.slow
-def test_demo_client_without_counters(server: str, tmp_path: Path) -> None:
-    Server.exports = False
+def test_demo_client_where_nothing_is_reduced(server: str, tmp_path: Path) -> None:
+    Server.tells = False
     (picture,) = [f for f in write_pictures(tmp_path) if f.stem == "sky"]
-    done = demo(server, "--picture", str(picture))
+    done = demo(server, "--picture", str(picture), "--detail", "original")
     assert done.returncode == 0, done.stderr
-    assert "sky.png" in done.stdout and "not known: the server exports no vllm_hybrid counters" in done.stdout
+    assert "sky.png" in done.stdout and done.stdout.count("nothing is reduced") == 1
+    assert [detail for _, detail in Server.asked] == ["original"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--picture", "nowhere.png"]])

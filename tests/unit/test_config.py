@@ -29,6 +29,8 @@ def parse(section: object, decoder_layers: int = DECODER_LAYERS) -> HybridConfig
         {"thresholds": [math.inf] * 3, "fastv_ratio": 0},
         {"thresholds": None, "fastv_layer": 1, "fastv_ratio": 0.0},
         {"thresholds": {"off": None}},
+        {"levels": {"off": {}}},
+        {"levels": {"off": {"thresholds": [None] * 3, "fastv_ratio": 0}}, "fastv_layer": 1},
     ],
 )
 def test_off(section: object) -> None:
@@ -38,15 +40,27 @@ def test_off(section: object) -> None:
 
 def test_merging() -> None:
     config = parse({"thresholds": [0.9, None, math.inf]})
-    assert config.thresholds == (0.9, None, None)
+    assert config.levels.default.thresholds == (0.9, None, None)
     assert config.merges and not config.prunes and config.active
-    assert config.level is None and config.levels == ()
 
 
 def test_pruning() -> None:
     config = parse({"fastv_layer": 7, "fastv_ratio": 0.5})
-    assert (config.fastv_layer, config.fastv_ratio, config.thresholds) == (7, 0.5, None)
+    assert config.fastv_layer == 7
+    assert (config.levels.default.fastv_ratio, config.levels.default.thresholds) == (0.5, None)
     assert not config.merges and config.prunes and config.active
+
+
+@pytest.mark.parametrize("level", ["merging", "pruning", "full"])
+def test_a_model_does_what_any_of_its_levels_does(level: str) -> None:
+    """Whichever is the default: a request may choose another."""
+    levels = {"merging": {"thresholds": [0.9] * 3}, "pruning": {"fastv_ratio": 0.5}}
+    config = parse({"levels": levels, "default_level": level})
+    assert config.merges and config.prunes and config.active
+    merging = parse({"levels": {"merging": levels["merging"]}, "level": "full"})
+    assert merging.merges and not merging.prunes and merging.active
+    pruning = parse({"levels": {"pruning": levels["pruning"]}, "level": "full"})
+    assert not pruning.merges and pruning.prunes and pruning.active
 
 
 def test_defaults() -> None:
@@ -55,7 +69,8 @@ def test_defaults() -> None:
 
 def test_thresholds_outside_the_cosines() -> None:
     """Below -1 everything merges, above 1 nothing does; both are thresholds."""
-    assert parse({"thresholds": [-2, 1.5, -math.inf]}).thresholds == (-2.0, 1.5, -math.inf)
+    config = parse({"thresholds": [-2, 1.5, -math.inf]})
+    assert config.levels.default.thresholds == (-2.0, 1.5, -math.inf)
 
 
 def test_ranking() -> None:
@@ -76,25 +91,19 @@ def test_ranks_that_nothing_is_ranked_by_need_no_header() -> None:
 
 def test_as_read_from_json() -> None:
     text = '{"thresholds": [0.93, null, 1], "fastv_layer": 2, "fastv_ratio": 0.9}'
-    assert parse(json.loads(text)).thresholds == (0.93, None, 1.0)
+    assert parse(json.loads(text)).levels.default.thresholds == (0.93, None, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("keys", "level"),
-    [
-        ({"default_level": "high"}, "high"),
-        ({"default_level": "high", "level": "low"}, "low"),
-        ({"default_level": "high", "level": None}, "high"),
-    ],
-)
-def test_levels(keys: dict[str, object], level: str) -> None:
-    config = parse({"thresholds": LEVELS, **keys})
-    assert (config.level, config.levels) == (level, ("low", "high"))
-    assert config.thresholds == tuple(LEVELS[level])
-
-
-def test_a_single_level_needs_no_default() -> None:
-    assert parse({"thresholds": {"only": [0.5] * 3}}).level == "only"
+def test_levels_that_prune_need_what_pruning_needs() -> None:
+    """Also where the default level does not."""
+    levels = {"levels": {"low": {"fastv_ratio": 0.5}}, "level": "full"}
+    assert parse(levels).fastv_layer == 2
+    with pytest.raises(ValueError, match="fastv_layer is 2, but the decoder has 2 layers"):
+        parse(levels, decoder_layers=2)
+    by_turn = levels | {"fastv_rank": "turn_end"}
+    with pytest.raises(ValueError, match="hybrid.assistant_header is missing"):
+        parse(by_turn)
+    assert parse(by_turn | {"assistant_header": [319]}).ranking_header == (319,)
 
 
 def test_configurations_compare_and_hash() -> None:
@@ -122,19 +131,28 @@ def test_configurations_compare_and_hash() -> None:
         ({"thresholds": {}}, ["hybrid.thresholds is an empty object"]),
         ({"thresholds": LEVELS}, ["hybrid.default_level is missing", "low, high"]),
         ({"thresholds": LEVELS, "level": "low"}, ["hybrid.default_level is missing"]),
-        ({"thresholds": LEVELS, "default_level": "mid"}, ["hybrid.default_level is 'mid'", "low, high"]),
+        (
+            {"thresholds": LEVELS, "default_level": "mid"},
+            ["hybrid.default_level is 'mid'", "low, high or full"],
+        ),
         ({"thresholds": LEVELS, "default_level": 0}, ["hybrid.default_level is 0"]),
         ({"thresholds": LEVELS, "default_level": ["low"]}, ["hybrid.default_level is ['low']"]),
         ({"thresholds": LEVELS, "default_level": "low", "level": "mid"}, ["hybrid.level is 'mid'"]),
         ({"thresholds": LEVELS, "default_level": "mid", "level": "low"}, ["hybrid.default_level is 'mid'"]),
-        ({"thresholds": [0.9] * 3, "default_level": "low"}, ["hybrid.default_level is 'low'", "no levels"]),
-        ({"level": "low"}, ["hybrid.level is 'low'", "no levels"]),
+        (
+            {"thresholds": [0.9] * 3, "default_level": "low"},
+            ["hybrid.default_level is 'low'", "use default or full"],
+        ),
+        ({"level": "low"}, ["hybrid.level is 'low'", "which is no level; use full"]),
         (
             {"thresholds": {"low": [0.9] * 3, "high": [0.9]}, "default_level": "low"},
             ["hybrid.thresholds.high has 1 entries"],
         ),
         ({"thresholds": {"low": [0.9, None, "x"]}}, ["hybrid.thresholds.low[2] is 'x'"]),
         ({"thresholds": {"low": {"a": 1}}}, ["hybrid.thresholds.low is {'a': 1}"]),
+        ({"levels": {"low": [0.9] * 3}}, ["hybrid.levels.low is [0.9"]),
+        ({"levels": {"low": {}}, "fastv_ratio": 0.5}, ["hybrid.fastv_ratio stands beside hybrid.levels"]),
+        ({"detail": {"low": "mid"}}, ["hybrid.detail.low is 'mid'"]),
         ({"fastv_layer": 0}, ["hybrid.fastv_layer is 0", "8 layers", "1 to 7"]),
         ({"fastv_layer": 8}, ["hybrid.fastv_layer is 8", "1 to 7"]),
         ({"fastv_layer": -1}, ["hybrid.fastv_layer is -1"]),

@@ -85,10 +85,11 @@ def test_config(demo_checkpoint: Path) -> None:
     assert loaded.architectures == ["LlavaHybridForConditionalGeneration"]
     assert loaded.dtype == torch.bfloat16
     assert loaded.image_token_id == 1024 and loaded.text_config.max_position_embeddings == 4096
-    for level in LEVELS:
-        section = loaded.hybrid | {"level": level}
-        hybrid = HybridConfig.parse(section, vision_layers=5, decoder_layers=8)
-        assert hybrid.merges and hybrid.prunes and hybrid.level == level
+    hybrid = HybridConfig.parse(loaded.hybrid, vision_layers=5, decoder_layers=8)
+    assert hybrid.levels.names == (*LEVELS, "full") and hybrid.levels.default.name == "mid"
+    for name in LEVELS:
+        level = hybrid.levels.of_detail(name)
+        assert level.name == name and level.merges and level.fastv_ratio == 0.5
     assert loaded.hybrid["assistant_header"] == find_assistant_header(demo_checkpoint)
     assert merging_layers(load_config(demo_checkpoint)) == 5
 
@@ -173,12 +174,11 @@ def test_tower_alone_equals_the_models(demo_checkpoint: Path, model: Any) -> Non
 def test_plain_pictures_keep_fewer_tokens(demo_checkpoint: Path) -> None:
     tower, image_processor = load_tower(demo_checkpoint)
     files = sorted((demo_checkpoint / "pictures").iterdir())
-    levels = json.loads((demo_checkpoint / "config.json").read_text())["hybrid"]["thresholds"]
+    levels = json.loads((demo_checkpoint / "config.json").read_text())["hybrid"]["levels"]
+    stems = [file.stem for file in files]
     live = {
-        level: dict(
-            zip([f.stem for f in files], live_counts(tower, image_processor, files, values), strict=True)
-        )
-        for level, values in levels.items()
+        name: dict(zip(stems, live_counts(tower, image_processor, files, level["thresholds"]), strict=True))
+        for name, level in levels.items()
     }
     for level in ("low", "mid"):
         plain = max(live[level][name] for name in ("wall", "sky", "shapes"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 
-from tests.support.configurations import MERGES, PRUNES
+from tests.support.configurations import LEVELS, MERGES, PRUNES
 from tests.support.scheduler_bench import LIVE, Bench, Prompt, block_sizes
 from tests.support.tiny_checkpoints import PATCHES
 
@@ -28,6 +29,12 @@ FREED = 30
 TWO_IMAGES = Prompt().text(100).image("cat").text(100).image("street").text(5)
 
 
+def total(bench: Bench, name: str, level: str | None = None) -> int:
+    """What a scheduler counted of the images of one level, or of all."""
+    counts = {tuple(key.split(":")): count for key, count in bench.scheduler.totals.items()}
+    return sum(n for (counted, at), n in counts.items() if counted == name and level in (None, at))
+
+
 @both_schedulers
 def test_holes_go_back_when_the_step_that_filled_them_has_been_processed(ahead: bool) -> None:
     bench = Bench(ahead=ahead)
@@ -37,7 +44,7 @@ def test_holes_go_back_when_the_step_that_filled_them_has_been_processed(ahead: 
         assert bench.held(name) == WHOLE
         bench.step()
     assert bench.held(name) == LEFT
-    assert bench.scheduler.totals["blocks_given_back"] == FREED
+    assert total(bench, "blocks_given_back") == FREED
     bench.finish()
 
 
@@ -109,8 +116,8 @@ def test_a_preempted_request_starts_over(ahead: bool) -> None:
     assert bench.step().num_scheduled_tokens == {name: 5 - ahead}
     assert bench.held(name) == LEFT
     bench.finish()
-    assert bench.scheduler.totals["images"] == 1
-    assert bench.scheduler.totals["blocks_given_back"] == 2 * FREED
+    assert total(bench, "images") == 1
+    assert total(bench, "blocks_given_back") == 2 * FREED
 
 
 @both_schedulers
@@ -120,7 +127,7 @@ def test_images_of_a_request_preempted_between_them_are_counted(ahead: bool) -> 
     bench.step()
     bench.preempt_all()
     bench.finish()
-    assert bench.scheduler.totals["images"] == 2
+    assert total(bench, "images") == 2
 
 
 @both_schedulers
@@ -183,7 +190,7 @@ def test_a_small_pool_loses_nothing(hybrid: dict[str, Any], ahead: bool) -> None
         bench.ask(QUESTION, max_tokens=400)
     bench.finish()
     assert bench.preemptions() > 0
-    assert bench.scheduler.totals["images"] == 4
+    assert total(bench, "images") == 4
 
 
 @both_schedulers
@@ -226,8 +233,74 @@ def test_running_ahead_changes_no_result(hybrid: dict[str, Any]) -> None:
             bench.step()
         bench.finish()
         totals.append(bench.scheduler.totals)
+        assert total(bench, "live_tokens") == sum(LIVE.values())
     assert totals[0] == totals[1]
-    assert totals[0]["live_tokens"] == sum(LIVE.values())
+
+
+# ---- levels ---------------------------------------------------------------------------------------
+
+
+@both_schedulers
+def test_images_are_counted_at_their_levels(ahead: bool) -> None:
+    """Which of them share a prompt does not matter."""
+    bench = Bench(LEVELS, ahead)
+    bench.ask(Prompt().text(5).image("street").text(3).image("cat@mid").text(9))
+    bench.ask(Prompt().text(7).image("cat@high").text(3).image("cat@full").text(9))
+    bench.ask(Prompt().text(9).image("blank@mid").text(3))
+    bench.finish()
+    levels = ("low", "mid", "high", "full")
+    assert [total(bench, "images", level) for level in levels] == [1, 2, 1, 1]
+    assert [total(bench, "patches", level) for level in levels] == [PATCHES, 2 * PATCHES, PATCHES, PATCHES]
+    merged = LIVE["cat"] + LIVE["blank"]
+    assert [total(bench, "live_tokens", level) for level in levels] == [
+        LIVE["street"],
+        merged,
+        LIVE["cat"],
+        PATCHES,
+    ]
+    assert [total(bench, "kept_tokens", level) for level in levels] == [
+        -(-LIVE["street"] // 2),
+        merged,
+        -(-LIVE["cat"] // 4),
+        PATCHES,
+    ]
+
+
+@both_schedulers
+def test_a_picture_at_two_levels_is_two_pictures(ahead: bool) -> None:
+    bench = Bench(LEVELS, ahead)
+    for level in ("low", "mid", "low", "full", "mid"):
+        bench.ask(Prompt().text(5).image(f"cat@{level}").text(20))
+        while bench.scheduler.has_unfinished_requests():
+            bench.step()
+    bench.finish()
+    assert [total(bench, "images", level) for level in ("low", "mid", "full")] == [2, 2, 1]
+    # Once at each level.
+    assert sorted(bench.worker.encodings.values()) == [1, 1, 1]
+
+
+def test_only_pruned_images_wait_for_room_up_to_the_end_of_their_prompts() -> None:
+    bench = Bench(LEVELS)
+    bench.scheduler.max_num_scheduled_tokens = 1000
+    first = bench.ask(Prompt().text(300))
+    pruned = bench.ask(Prompt().image("cat@high").text(300))
+    assert bench.step().num_scheduled_tokens == {first: 300}
+    assert bench.step().num_scheduled_tokens == {first: 1, pruned: PATCHES + 300}
+    for level in ("mid", "full"):
+        bench = Bench(LEVELS)
+        bench.scheduler.max_num_scheduled_tokens = 1000
+        first, whole = bench.ask(Prompt().text(300)), bench.ask(Prompt().image(f"cat@{level}").text(300))
+        assert bench.step().num_scheduled_tokens == {first: 300, whole: 700}
+        bench.finish()
+
+
+@pytest.mark.parametrize(("level", "freed"), [("low", FREED), ("mid", 5 + 16), ("full", 0)])
+def test_blocks_go_back_as_a_level_leaves_holes(level: str, freed: int) -> None:
+    """At "mid" both tiers keep all live tokens: the upper one has 16 blocks in the hole."""
+    bench = Bench(LEVELS)
+    bench.ask(Prompt().text(5).image(f"street@{level}").text(20))
+    bench.finish()
+    assert total(bench, "blocks_given_back") == total(bench, "blocks_given_back", level) == freed
 
 
 @both_schedulers
@@ -246,21 +319,28 @@ def test_nothing_switched_on_is_vllms_own_scheduler(ahead: bool) -> None:
         bench.finish()
 
 
-def random_prompt(rng: random.Random, longest: int) -> Prompt:
+def random_prompt(rng: random.Random, longest: int, images: Sequence[str]) -> Prompt:
     """Up to three images with texts around them, of which some begin like others."""
     prompt = Prompt().text(rng.choice([0, 5, 5, 96, 200]))
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
-        prompt = prompt.image(rng.choice(list(LIVE))).text(rng.choice([0, 1, 3, 60]), rng.randrange(9))
-    return prompt if 1 < len(prompt.ids) <= longest else random_prompt(rng, longest)
+        prompt = prompt.image(rng.choice(images)).text(rng.choice([0, 1, 3, 60]), rng.randrange(9))
+    return prompt if 1 < len(prompt.ids) <= longest else random_prompt(rng, longest, images)
 
 
-def random_bench(rng: random.Random, prunes: bool, ahead: bool) -> Bench:
+def images_of(bench: Bench) -> list[str]:
+    """Identifiers of all images: few pictures, at each level where there are several."""
+    levels = [f"@{name}" for name in bench.asked.levels if name != "default"]
+    return [*LIVE, *(name + level for name in LIVE for level in levels)]
+
+
+def random_bench(rng: random.Random, method: str, ahead: bool) -> Bench:
     """Blocks of any size in a pool that holds one or two of the longest requests."""
     length = rng.choice([1000, 2048])
     options: dict[str, Any] = {"max_num_seqs": rng.choice([2, 4, 8]), "max_model_len": length}
     hybrid: dict[str, Any] = MERGES
-    if prunes:
-        hybrid = {"fastv_layer": rng.choice([1, 2, 3, 5, 7]), "fastv_ratio": rng.choice([0.25, 0.5, 0.9])}
+    if method != "merging":
+        hybrid = LEVELS if method == "levels" else {"fastv_ratio": rng.choice([0.25, 0.5, 0.9])}
+        hybrid = hybrid | {"fastv_layer": rng.choice([1, 2, 3, 5, 7])}
     else:
         options["max_num_batched_tokens"] = rng.choice([600, 800, 1500])
     block_size = rng.choice([4, 8, 16, 32])
@@ -274,22 +354,23 @@ def random_bench(rng: random.Random, prunes: bool, ahead: bool) -> Bench:
         enable_prefix_caching=rng.random() < 0.7,
         **options,
     )
-    bench.worker.silent = {name for name in LIVE if rng.random() < 0.05}
+    bench.worker.silent = {name for name in images_of(bench) if rng.random() < 0.05}
     return bench
 
 
 @both_schedulers
-@pytest.mark.parametrize("prunes", [True, False], ids=["pruning", "merging"])
+@pytest.mark.parametrize("method", ["pruning", "merging", "levels"])
 @pytest.mark.parametrize(
     "run", [*range(10), *(pytest.param(n, marks=pytest.mark.slow) for n in range(10, 30))]
 )
-def test_random_traffic(prunes: bool, ahead: bool, run: int, seed: int) -> None:
+def test_random_traffic(method: str, ahead: bool, run: int, seed: int) -> None:
     rng = random.Random(seed)
-    bench = random_bench(rng, prunes, ahead)
+    bench = random_bench(rng, method, ahead)
+    images = images_of(bench)
     answer = rng.choice([5, 50, 200])
     while len(bench.requests) < 12:
         if rng.random() < 0.3:
-            prompt = random_prompt(rng, bench.length - answer)
+            prompt = random_prompt(rng, bench.length - answer, images)
             bench.ask(prompt, max_tokens=rng.randint(1, answer), priority=rng.randrange(3))
         if rng.random() < 0.03 and bench.scheduler.requests:
             bench.abort(rng.choice(list(bench.scheduler.requests)))

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "vllm_hybrid"
 ORDER = (
     "errors",
     "files",
+    "levels",
     "config",
     "method",
     "kv",
@@ -32,8 +33,9 @@ ORDER = (
 )
 # What is plain tensor code imports no vLLM.
 WITHOUT_VLLM = (
-    *("errors", "files", "config", "method", "kv/page_facts", "attention/interface", "attention/reference"),
-    *("attention/cpu.py", "attention/cpu_build", "attention/gpu", "attention/triton_kernels"),
+    *("errors", "files", "levels", "config", "method", "kv/page_facts"),
+    *("attention/interface", "attention/reference", "attention/cpu.py", "attention/cpu_build"),
+    *("attention/gpu", "attention/triton_kernels"),
     "models/encoder_output",
 )
 # The tools beside the server need nothing that only a server loads.

@@ -34,7 +34,7 @@ def test_images_that_lose_nothing_are_scheduled_as_where_nothing_is_pruned(
         # All begin in their own way: with blocks of other sizes more or less is shared inside a step.
         prompt = Prompt().text(draw.choice([1, 40, 900]), 10_000 * number)
         for _ in range(draw.randrange(3)):
-            prompt = prompt.image(draw.choice(list(LIVE))).text(draw.choice([1, 60, 700]), draw.randrange(90))
+            prompt = prompt.image(draw.choice(list(LIVE))).text(draw.choice([1, 60, 200]), draw.randrange(90))
         prompts.append(prompt.text(1))
     at_mid = [Prompt(p.ids, [(start, f"{name}@mid") for start, name in p.images]) for p in prompts]
     pruning = schedule_of(Bench(LEVELS, ahead, max_model_len=2600, **STEP), at_mid)
@@ -84,7 +84,7 @@ def test_what_is_given_back_follows_each_image_s_own_ratio() -> None:
     bench = Bench(LEVELS)
     upper = bench.managers[1]
     held = {}
-    for level in LEVELS["levels"]:
+    for level in ("low", "mid", "high", "full"):
         name = bench.ask(Prompt().image(f"street@{level}").text(16), 4)
         bench.step()
         bench.step()

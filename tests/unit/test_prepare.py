@@ -24,8 +24,10 @@ from vllm_hybrid.checkpoint.llava import load_config, load_tower, merging_layers
 from vllm_hybrid.checkpoint.weights import expected_shapes, stored_tensors, weight_files
 from vllm_hybrid.demo.model import EMBEDDED
 from vllm_hybrid.demo.pictures import write_pictures
+from vllm_hybrid.levels import Level
 from vllm_hybrid.tools import prepare as preparing
 from vllm_hybrid.tools.calibrate import live_counts
+from vllm_hybrid.tools.level_options import NAMELESS
 from vllm_hybrid.tools.prepare import calibrate_checkpoint, find_pictures, prepare
 from vllm_hybrid.tools.progress import Notice
 from vllm_hybrid.tools.thresholds import read_thresholds, write_thresholds
@@ -66,7 +68,7 @@ def test_prepared_folder(plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     before = sorted(f.name for f in plain.iterdir())
     hybrid = prepare(plain, out, fastv_layer=3, fastv_ratio=0.75)
-    assert (hybrid.merges, hybrid.fastv_layer, hybrid.fastv_ratio) == (False, 3, 0.75)
+    assert (hybrid.merges, hybrid.fastv_layer, hybrid.levels.default.fastv_ratio) == (False, 3, 0.75)
     assert sorted(f.name for f in out.iterdir()) == [name for name in before if not name.startswith(".")]
     assert sorted(f.name for f in plain.iterdir()) == before
     for file in plain.glob("*.safetensors"):
@@ -141,14 +143,65 @@ def test_calibrating_while_preparing(plain: Path, tmp_path: Path) -> None:
         tokens=200,
         progress=lambda *report: seen.append(report),
     )
-    assert hybrid.thresholds is not None and len(hybrid.thresholds) == 3
+    assert len(hybrid.levels.default.thresholds or ()) == 3
     assert ("thresholds for 200 tokens", 8, 8) in seen
     counts = live_counts(*load_tower(plain), pictures, section(tmp_path / "out")["thresholds"])
     assert sum(counts) / len(counts) == pytest.approx(200, rel=0.03)
     assert (
         section(tmp_path / "out")["thresholds"]
-        == calibrate_checkpoint(plain, tmp_path / "pictures", {"": 200}).thresholds[""]
+        == calibrate_checkpoint(plain, tmp_path / "pictures", 200).levels[NAMELESS]["thresholds"]
     )
+
+
+def test_calibrating_levels_while_preparing(plain: Path, tmp_path: Path) -> None:
+    """Thresholds, ratios, both and, for the level that asks for nothing, neither."""
+    write_pictures(tmp_path / "pictures")
+    stages: list[str] = []
+    hybrid = prepare(
+        plain,
+        tmp_path / "out",
+        images=tmp_path / "pictures",
+        tokens={"mid": 250, "low": 120, "same": 250},
+        fastv_ratio={"low": 0.5, "pruned": 0.75, "same": 0},
+        fastv_layer=3,
+        progress=lambda stage, *_: stages.append(stage),
+    )
+    assert len(set(stage for stage in stages if stage.startswith("thresholds for"))) == 2
+    assert stages.count("thresholds for 250 tokens") == 1
+    written = section(tmp_path / "out")
+    levels = written.pop("levels")
+    header = find_assistant_header(plain)
+    assert written == {"default_level": "mid", "fastv_layer": 3, "assistant_header": header}
+    found = {
+        name: calibrate_checkpoint(plain, tmp_path / "pictures", n).levels[NAMELESS]["thresholds"]
+        for name, n in {"mid": 250, "low": 120}.items()
+    }
+    assert levels == {
+        "mid": {"thresholds": found["mid"]},
+        "low": {"thresholds": found["low"], "fastv_ratio": 0.5},
+        "same": {"thresholds": found["mid"], "fastv_ratio": 0},
+        "pruned": {"fastv_ratio": 0.75},
+    }
+    assert hybrid.levels.default.name == "mid"
+    assert hybrid.levels.named("pruned") == Level("pruned", None, 0.75)
+    assert hybrid.levels.names == ("mid", "low", "same", "pruned", "full")
+
+
+def test_a_number_without_a_name_is_every_levels(plain: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures")
+    calibration = calibrate_checkpoint(
+        plain, tmp_path / "pictures", 250, fastv_ratio={"a": 0.25, "b": 0.5, "full": 0}
+    )
+    thresholds = calibration.levels["a"]["thresholds"]
+    assert calibration.levels == {
+        "a": {"thresholds": thresholds, "fastv_ratio": 0.25},
+        "b": {"thresholds": thresholds, "fastv_ratio": 0.5},
+        "full": {"fastv_ratio": 0},
+    }
+    assert calibration.tokens == {"a": 250, "b": 250}
+    prepare(plain, tmp_path / "out", fastv_ratio={"a": 0.25, "b": 0.5}, level="full")
+    assert section(tmp_path / "out")["levels"] == {"a": {"fastv_ratio": 0.25}, "b": {"fastv_ratio": 0.5}}
+    assert section(tmp_path / "out")["default_level"] == "full"
 
 
 # ---- threshold files ------------------------------------------------------------------------------
@@ -174,6 +227,14 @@ LEVELS = {"low": VALUES, "high": [0.95, None, 0.9]}
         (
             {"thresholds": LEVELS, "default_level": "high"},
             {"thresholds": LEVELS, "default_level": "high"},
+        ),
+        (
+            {"levels": {"low": {"fastv_ratio": 0.5}}, "default_level": "low", "tokens": {}, "pictures": 7},
+            {"levels": {"low": {"fastv_ratio": 0.5}}, "default_level": "low"},
+        ),
+        (
+            {"thresholds": VALUES, "fastv_ratio": 0.5, "detail": {"low": "full"}, "pictures": 7},
+            {"thresholds": VALUES, "fastv_ratio": 0.5, "detail": {"low": "full"}},
         ),
     ],
 )
@@ -217,19 +278,106 @@ def test_torch_files(content: Any, tmp_path: Path) -> None:
 
 def test_thresholds_reach_the_configuration(plain: Path, tmp_path: Path) -> None:
     file = saved(dymu_state([0.75, 0.5, 0.25, 1.0], "visual.transformer.resblocks"), tmp_path / "t.pth")
-    assert prepare(plain, tmp_path / "a", thresholds=file).thresholds == (0.75, 0.5, 0.25)
+    assert prepare(plain, tmp_path / "a", thresholds=file).levels.default.thresholds == (0.75, 0.5, 0.25)
     header = {"assistant_header": find_assistant_header(plain)}
     assert section(tmp_path / "a") == {"thresholds": [0.75, 0.5, 0.25]} | header
     levels = saved(LEVELS, tmp_path / "levels.json")
     hybrid = prepare(plain, tmp_path / "b", thresholds=levels, level="high", fastv_ratio=0.5)
-    assert (hybrid.level, hybrid.thresholds) == ("high", (0.95, None, 0.9))
-    expected = {"thresholds": LEVELS, "default_level": "high", "fastv_ratio": 0.5}
-    assert section(tmp_path / "b") == expected | header
+    assert hybrid.levels.default == Level("high", (0.95, None, 0.9), 0.5)
+    whole = {name: {"thresholds": values, "fastv_ratio": 0.5} for name, values in LEVELS.items()}
+    assert section(tmp_path / "b") == {"levels": whole, "default_level": "high"} | header
+
+
+SETTINGS: dict[str, Any] = {
+    "low": {"thresholds": VALUES, "fastv_ratio": 0.5},
+    "high": {"thresholds": [0.95, None, 0.9]},
+    "full": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "levels", "default"),
+    [
+        ({"levels": SETTINGS, "default_level": "high"}, {}, SETTINGS, "high"),
+        ({"levels": SETTINGS, "default_level": "high"}, {"level": "low"}, SETTINGS, "low"),
+        ({"levels": SETTINGS}, {"level": "full"}, SETTINGS, "full"),
+        # The only level is the default one.
+        ({"levels": {"full": {}, "low": SETTINGS["low"]}}, {}, {"full": {}, "low": SETTINGS["low"]}, "low"),
+        ({"levels": {"full": {}}}, {}, {"full": {}}, "full"),
+        # What an option says goes before the file, and never for the full level.
+        (
+            {"levels": SETTINGS, "default_level": "high"},
+            {"fastv_ratio": 0.25},
+            {
+                "low": {"thresholds": VALUES, "fastv_ratio": 0.25},
+                "high": {"thresholds": [0.95, None, 0.9], "fastv_ratio": 0.25},
+                "full": {},
+            },
+            "high",
+        ),
+        (
+            {"levels": SETTINGS, "default_level": "high"},
+            {"fastv_ratio": {"high": 0.75, "pruned": 0.9}},
+            {
+                "low": SETTINGS["low"],
+                "high": {"thresholds": [0.95, None, 0.9], "fastv_ratio": 0.75},
+                "full": {},
+                "pruned": {"fastv_ratio": 0.9},
+            },
+            "high",
+        ),
+        # What has no name is every level's.
+        (
+            VALUES,
+            {"fastv_ratio": {"low": 0.5, "high": 0.25}},
+            {
+                "low": {"thresholds": VALUES, "fastv_ratio": 0.5},
+                "high": {"thresholds": VALUES, "fastv_ratio": 0.25},
+            },
+            "low",
+        ),
+        (
+            {"thresholds": LEVELS, "fastv_ratio": 0.25, "default_level": "low"},
+            {"fastv_ratio": {"low": 0}},
+            {
+                "low": {"fastv_ratio": 0, "thresholds": VALUES},
+                "high": {"fastv_ratio": 0.25, "thresholds": [0.95, None, 0.9]},
+            },
+            "low",
+        ),
+    ],
+)
+def test_levels_reach_the_configuration(
+    plain: Path, content: Any, options: dict[str, Any], levels: Any, default: str, tmp_path: Path
+) -> None:
+    hybrid = prepare(plain, tmp_path / "out", thresholds=saved(content, tmp_path / "t.json"), **options)
+    expected = {"levels": levels, "default_level": default}
+    assert section(tmp_path / "out") == expected | {"assistant_header": find_assistant_header(plain)}
+    assert hybrid.levels.default.name == default
+
+
+def test_what_details_mean_reaches_the_configuration(plain: Path, tmp_path: Path) -> None:
+    file = saved(
+        {"levels": SETTINGS, "default_level": "high", "detail": {"tiny": "low"}}, tmp_path / "t.json"
+    )
+    hybrid = prepare(plain, tmp_path / "out", thresholds=file)
+    assert section(tmp_path / "out")["detail"] == {"tiny": "low"}
+    assert hybrid.levels.of_detail("tiny").name == "low"
 
 
 def test_written_thresholds_are_read_again(tmp_path: Path) -> None:
-    write_thresholds(tmp_path / "t.json", {"": VALUES}, {"": 90}, pictures=7)
-    assert read_thresholds(tmp_path / "t.json", 3, 4) == {"thresholds": VALUES}
+    file = tmp_path / "t.json"
+    write_thresholds(file, {NAMELESS: {"thresholds": VALUES}}, {NAMELESS: 90}, pictures=7)
+    assert json.loads(file.read_text()) == {"thresholds": VALUES, "tokens": 90, "pictures": 7}
+    assert read_thresholds(file, 3, 4) == {"thresholds": VALUES}
+    setting = {"thresholds": VALUES, "fastv_ratio": 0.5}
+    write_thresholds(file, {NAMELESS: setting}, {NAMELESS: 90}, pictures=7)
+    assert json.loads(file.read_text()) == setting | {"tokens": 90, "pictures": 7}
+    assert read_thresholds(file, 3, 4) == setting
+    write_thresholds(file, {"a": setting, "b": {"fastv_ratio": 0.9}}, {"a": 90}, pictures=7)
+    levels = {"levels": {"a": setting, "b": {"fastv_ratio": 0.9}}, "default_level": "a"}
+    assert json.loads(file.read_text()) == levels | {"tokens": {"a": 90}, "pictures": 7}
+    assert read_thresholds(file, 3, 4) == levels
 
 
 class Evil:
@@ -257,6 +405,11 @@ def test_checkpoints_run_no_code(tmp_path: Path) -> None:
         ("t.json", {"level": [0.1]}, "holds no thresholds"),
         ("t.json", {}, "holds no thresholds"),
         ("t.json", 0.9, "holds no thresholds"),
+        ("t.json", {"levels": {}}, "has no level"),
+        ("t.json", {"thresholds": {}}, "has no level"),
+        ("t.json", {"levels": [{}]}, "has levels that are no objects"),
+        ("t.json", {"levels": {"low": VALUES}}, "has levels that are no objects"),
+        ("t.json", {"levels": {"low": {}}, "thresholds": VALUES}, "has both thresholds and levels"),
         ("t.pth", {"weight": torch.ones(3)}, "holds no thresholds"),
         ("t.pth", torch.ones(3, 3), "holds no list of thresholds"),
         ("t.pth", [], "holds no list of thresholds"),
@@ -320,11 +473,30 @@ def test_threshold_files_that_were_not_fetched(tmp_path: Path) -> None:
         ({"images": "nowhere", "tokens": 90}, "nowhere is no folder"),
         ({"images": ".", "tokens": 90}, "holds no pictures"),
         ({"images": "pictures", "tokens": 576}, "576 live tokens cannot be had"),
+        ({"images": "pictures", "tokens": {}}, "give --images and --tokens"),
+        ({"images": "pictures", "tokens": {"mid": 90, "low": 576}}, "576 live tokens cannot be had"),
         ({"images": "pictures", "tokens": 90, "thresholds": "t.json"}, "give one of them"),
-        ({"level": "low"}, "without a threshold file"),
+        ({"images": "pictures", "tokens": {"auto": 90}}, "has a level auto, but that detail means"),
+        ({"images": "pictures", "tokens": {"a b": 90}}, "has a level 'a b'; name levels with letters"),
+        ({"images": "pictures", "tokens": {"full": 90}}, "full is the level at which none are"),
+        ({"images": "pictures", "tokens": 90, "fastv_ratio": {"full": 0}}, "no level but full"),
+        ({"fastv_ratio": {"low": 0.5, "high": 1.5}}, "hybrid.levels.high.fastv_ratio is 1.5"),
+        ({"fastv_ratio": {"low": math.nan}}, "hybrid.levels.low.fastv_ratio is nan"),
+        ({"fastv_ratio": {"low": 0}, "fastv_layer": 2}, "has no effect without --fastv-ratio"),
+        ({"level": "low"}, "level 'low' was given, but no level has a name; give --thresholds with"),
+        ({"level": "low", "fastv_ratio": 0.5}, "but no level has a name"),
+        (
+            {"level": "high", "fastv_ratio": {"low": 0.5}},
+            "default_level is 'high', which is no level; use low",
+        ),
         ({"thresholds": "nowhere.json"}, "nowhere.json is no file"),
         ({"thresholds": "long.json"}, "has 5 entries, but the vision tower executes 3 layers"),
-        ({"thresholds": "levels.json"}, "hybrid.default_level is missing"),
+        (
+            {"thresholds": "levels.json"},
+            "levels.json has several levels .*; choose with --level from low, high",
+        ),
+        ({"thresholds": "levels.json", "fastv_ratio": {"new": 0.5}}, "--level from low, high, new"),
+        ({"thresholds": "odd.json"}, "hybrid.levels.low.tokens is not a known key"),
         ({"thresholds": "levels.json", "level": "huge"}, "'huge', which is no level"),
     ],
 )
@@ -338,6 +510,8 @@ def test_refused_arguments(
     saved(VALUES, tmp_path / "t.json")
     saved([*VALUES, 0.9, 0.9], tmp_path / "long.json")
     saved(LEVELS, tmp_path / "levels.json")
+    saved({"levels": {"low": {"tokens": 90}}}, tmp_path / "odd.json")
+    monkeypatch.setattr(preparing, "calibrate", lambda *_, **__: pytest.fail("the long part starts"))
     for key in ("thresholds", "images"):
         if arguments.get(key) not in (None, "."):
             arguments = arguments | {key: tmp_path / arguments[key]}
@@ -453,7 +627,7 @@ def test_defaults_that_a_published_configuration_leaves_out(plain: Path, tmp_pat
     write_hollow(tmp_path / "llava" / "model.safetensors", published_shapes())
     file = saved(dymu_state([0.75] * 24, "module.visual.transformer.resblocks"), tmp_path / "t.pth")
     hybrid = prepare(tmp_path / "llava", tmp_path / "out", thresholds=file, fastv_layer=31, fastv_ratio=0.5)
-    assert hybrid.thresholds == (0.75,) * 23 and hybrid.fastv_layer == 31
+    assert hybrid.levels.default.thresholds == (0.75,) * 23 and hybrid.fastv_layer == 31
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["text_config"] == config["text_config"]
 

@@ -61,16 +61,20 @@ def test_host_and_device_read_the_definition(draw: random.Random) -> None:
 PATCHES, IMAGE, HEADER = 4, 9, (1, 2)
 
 
-def step_of(requests: list[list[int]], header: Sequence[int], prunes: bool = True) -> Step:
-    """A step of whole requests, given by their token ids; PATCHES ids IMAGE in a row are an image."""
+def step_of(requests: list[list[int]], header: Sequence[int], kept: Sequence[int] = ()) -> Step:
+    """A step of whole requests, given by their token ids; PATCHES ids IMAGE in a row are an image.
+
+    Of the images whose numbers are in ``kept`` no token is dropped.
+    """
     ids = [token for request in requests for token in request]
     starts = [0]
     for request in requests:
         starts.append(starts[-1] + len(request))
     places = [row for row, token in enumerate(ids) if token == IMAGE]
     owner = torch.arange(PATCHES).expand(len(places) // PATCHES, -1)
-    images = StepImages.of(places[::PATCHES], owner, torch.tensor(ids), header)
-    return Step(torch.arange(len(ids)), starts, images, prunes)
+    level = torch.tensor([int(image not in kept) for image in range(len(owner))], dtype=torch.int64)
+    images = StepImages.of(places[::PATCHES], owner, level, [0.0, 0.5], torch.tensor(ids), header)
+    return Step(torch.arange(len(ids)), starts, images)
 
 
 def ranked(step: Step) -> list[tuple[int, int, int]]:
@@ -100,11 +104,32 @@ def test_a_step_s_ranking_queries(
 ) -> None:
     assert ranked(step_of(requests, HEADER)) == turns
     assert ranked(step_of(requests, ())) == ends
-    assert ranked(step_of(requests, HEADER, prunes=False)) == []
+    assert ranked(step_of(requests, HEADER, kept=range(9))) == []
+
+
+@pytest.mark.parametrize(
+    ("kept", "turns", "ends"),
+    [
+        ([0], [(0, 7, 13), (1, 15, 20)], [(0, 7, 13), (1, 15, 20)]),
+        ([1], [(0, 0, 5), (1, 15, 20)], [(0, 0, 13), (1, 15, 20)]),
+        ([2], [(0, 0, 5), (0, 7, 13)], [(0, 0, 13)]),
+        ([0, 2], [(0, 7, 13)], [(0, 7, 13)]),
+    ],
+)
+def test_images_that_lose_nothing_have_no_ranking_query(
+    kept: list[int], turns: list[tuple[int, int, int]], ends: list[tuple[int, int, int]]
+) -> None:
+    requests = [[*IMG, 1, 2, 7, *IMG, 8, 1, 2], [5, *IMG, 1, 2]]
+    assert ranked(step_of(requests, HEADER, kept)) == turns
+    assert ranked(step_of(requests, (), kept)) == ends
+
+
+def test_a_step_of_text_ranks_nothing() -> None:
+    assert Step(torch.arange(3), [0, 3], None).ranking_queries == []
 
 
 def test_a_step_ranks_where_its_prompts_say(draw: random.Random) -> None:
-    """Whole prompts, several in a step."""
+    """Whole prompts, several in a step, and some images of which nothing is dropped."""
     for _ in range(300):
         requests, wanted, before = list[list[int]](), list[int](), 0
         for _ in range(draw.randrange(1, 4)):
@@ -119,10 +144,13 @@ def test_a_step_ranks_where_its_prompts_say(draw: random.Random) -> None:
             requests.append(ids)
         if not wanted:
             continue
-        step = step_of(requests, HEADER)
+        kept = [image for image in range(len(wanted)) if draw.random() < 0.3]
+        step = step_of(requests, HEADER, kept)
         queries = step.ranking_queries
-        assert sorted(set(wanted)) == [query.row for query in queries]
         assert step.images is not None
-        for first_row, row in zip(step.images.first_rows, wanted, strict=True):
+        images = list(zip(step.images.first_rows, wanted, strict=True))
+        pruned = [image for number, image in enumerate(images) if number not in kept]
+        assert sorted({row for _, row in pruned}) == [query.row for query in queries]
+        for first_row, row in pruned:
             covering = [q.row for q in queries if q.first_row <= first_row <= q.row]
             assert covering == [row]

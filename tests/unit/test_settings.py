@@ -23,6 +23,7 @@ from tests.support.configurations import MERGES, PRUNES, configure
 from tests.support.engines import STOCK, checkpoint
 from tests.support.tiny_checkpoints import write_checkpoint
 from vllm_hybrid.config import HybridConfig
+from vllm_hybrid.levels import Level, Levels
 from vllm_hybrid.startup import overrides, settings
 from vllm_hybrid.startup.settings import (
     DEFAULT_BLOCK_SIZE,
@@ -46,6 +47,15 @@ from vllm_hybrid.startup.settings import (
         ({"fastv_ratio": 1}, "hybrid.fastv_ratio is 1; give a number from 0"),
         ({"fastv_ratio": -0.1}, "hybrid.fastv_ratio is -0.1; give a number from 0"),
         ({"ratio": 0.5}, "hybrid.ratio is not a known key"),
+        ({"levels": {"low": {"ratio": 0.5}}}, "hybrid.levels.low.ratio is not a known key"),
+        (
+            {"levels": {"low": {"fastv_ratio": 0.5}}, "level": "mid"},
+            "hybrid.level is 'mid', .* use low or full",
+        ),
+        (
+            {"fastv_ratio": 0.5, "detail": {"low": "mid"}},
+            "hybrid.detail.low is 'mid', .* use default or full",
+        ),
         ([0.9], r"hybrid is \[0.9\]; give an object"),
     ],
 )
@@ -101,7 +111,9 @@ def test_any_prompt_fits_in_one_step_where_tokens_are_pruned() -> None:
     assert configure(PRUNES, **enough).scheduler_config.max_num_batched_tokens == 4096
 
 
-@pytest.mark.parametrize("hybrid", [None, {}, {"fastv_ratio": 0}, {"thresholds": None}])
+@pytest.mark.parametrize(
+    "hybrid", [None, {}, {"fastv_ratio": 0}, {"thresholds": None}, {"levels": {"low": {}}}]
+)
 def test_nothing_switched_on_leaves_vllms_settings_alone(hybrid: Any) -> None:
     ours, stock = configure(hybrid), configure(None, STOCK)
     for name in ("max_num_batched_tokens", "scheduler_cls", "disable_chunked_mm_input", "async_scheduling"):
@@ -150,6 +162,7 @@ def test_flashinfer_where_it_is_installed_is_left_alone(monkeypatch: pytest.Monk
 # ---- overrides ------------------------------------------------------------------------------------
 
 LEVELS = {"low": [0.7] * 3, "high": [0.9] * 3}
+LOW, HIGH = (tuple(values) for values in LEVELS.values())
 STORED = {"thresholds": LEVELS, "default_level": "high", "fastv_layer": 3, "fastv_ratio": 0.5}
 
 
@@ -167,18 +180,21 @@ def serve_arguments(path: Path, *arguments: str) -> VllmConfig:
 
 
 @pytest.mark.parametrize(
-    ("override", "wanted"),
+    ("override", "default", "layer"),
     [
-        ({"fastv_ratio": 0}, {"level": "high", "fastv_ratio": 0, "fastv_layer": 3}),
-        ({"fastv_ratio": None, "fastv_layer": None}, {"level": "high", "fastv_ratio": 0, "fastv_layer": 2}),
-        ({"level": "low"}, {"level": "low", "fastv_ratio": 0.5, "fastv_layer": 3}),
-        ({"thresholds": None}, {"level": None, "fastv_ratio": 0.5, "fastv_layer": 3}),
-        (None, {"level": None, "fastv_ratio": 0}),
+        ({"fastv_ratio": 0}, Level("high", HIGH), 3),
+        ({"fastv_ratio": None, "fastv_layer": None}, Level("high", HIGH), 2),
+        ({"level": "low"}, Level("low", LOW, 0.5), 3),
+        ({"level": "full"}, Level("full"), 3),
+        ({"thresholds": None}, Level("default", None, 0.5), 3),
+        ({"levels": {"mid": {"fastv_ratio": 0.25}}}, Level("mid", None, 0.25), 3),
+        (None, Level("full"), 2),
     ],
 )
-def test_an_override_changes_the_keys_that_it_names(levels: Path, override: Any, wanted: Any) -> None:
+def test_an_override_changes_the_keys_that_it_names(
+    levels: Path, override: Any, default: Level, layer: int
+) -> None:
     ours = serve_arguments(levels, "--hf-overrides", json.dumps({"hybrid": override}))
-    merges = override is None or "thresholds" not in override
     for config in (
         ours,
         # As the processes of the engine get it, and as vLLM makes others from it.
@@ -189,23 +205,37 @@ def test_an_override_changes_the_keys_that_it_names(levels: Path, override: Any,
         ).create_engine_config(),
     ):
         hybrid = hybrid_config(config.model_config.hf_config)
-        assert {name: getattr(hybrid, name) for name in wanted} == wanted
-        assert hybrid.merges == (merges and override is not None)
+        assert hybrid.levels.default == default
+        assert hybrid.fastv_layer == layer
         assert (config.scheduler_config.scheduler_cls is None) == (override is None)
 
 
 def test_the_line_at_start_names_what_ranks_where_something_is_pruned() -> None:
-    by_end = HybridConfig(fastv_ratio=0.5, fastv_rank="prompt_end")
+    half = Level("half", None, 0.5)
+    by_end = HybridConfig(Levels((half,), half), fastv_rank="prompt_end")
     assert describe(by_end).endswith("ranked by the prompt's last position.")
     by_turn = dataclasses.replace(by_end, fastv_rank="turn_end", assistant_header=(319,))
     assert describe(by_turn).endswith("ranked by the end of the first assistant header behind it.")
-    assert "ranked" not in describe(dataclasses.replace(by_turn, fastv_ratio=0.0))
+    assert "ranked" not in describe(dataclasses.replace(by_turn, levels=Levels()))
 
 
 def test_an_override_key_by_key_as_vllm_takes_it(levels: Path) -> None:
     options = ["--hf-overrides.hybrid.level", "low", "--hf-overrides.hybrid.fastv_ratio", "0.25"]
     hybrid = hybrid_config(serve_arguments(levels, *options).model_config.hf_config)
-    assert (hybrid.level, hybrid.fastv_ratio, hybrid.fastv_layer) == ("low", 0.25, 3)
+    assert (hybrid.levels.default, hybrid.fastv_layer) == (Level("low", LOW, 0.25), 3)
+
+
+def test_a_key_of_one_level_as_vllm_takes_it(tmp_path: Path) -> None:
+    section = {"levels": {"low": {"fastv_ratio": 0.9}, "high": {"fastv_ratio": 0.5}}, "default_level": "high"}
+    path = write_checkpoint(tmp_path / "llava", hybrid=section)
+    option = ["--hf-overrides.hybrid.levels.low.fastv_ratio", "0.75"]
+    config = hybrid_config(serve_arguments(path, *option).model_config.hf_config)
+    ratios = {level.name: level.fastv_ratio for level in config.levels}
+    assert ratios == {"low": 0.75, "high": 0.5, "full": 0} and config.levels.default.name == "high"
+    with pytest.raises(
+        ValueError, match="hybrid.fastv_ratio is overridden, but hybrid.levels has one for each"
+    ):
+        serve_arguments(path, "--hf-overrides.hybrid.fastv_ratio", "0.25")
 
 
 def test_hooks_that_run_twice_change_nothing(levels: Path) -> None:
@@ -234,16 +264,26 @@ def test_an_override_that_is_a_function_sees_the_checkpoints_section(levels: Pat
     [
         (
             {"fastv_ratio": 0},
-            "merging in the vision tower (level high), virtual unmerging. Overridden: fastv_ratio: 0.5 -> 0.",
+            "Levels: low merges, high merges, full keeps all. Pictures without a detail: high; detail low: "
+            "low; detail high: high. Overridden: fastv_ratio: 0.5 -> 0.",
         ),
         (
             {"thresholds": [0.8, None, 0.9], "fastv_ratio": None},
-            "merging in the vision tower, virtual unmerging. Overridden: thresholds: levels low, high -> "
-            "3 values, 0.8 to 0.9; default_level: high -> unset; fastv_ratio: 0.5 -> unset.",
+            "Levels: default merges, full keeps all. Pictures without a detail: default; detail low: "
+            "default; detail high: default. Overridden: thresholds: levels low, high -> 3 values, 0.8 to "
+            "0.9; default_level: high -> unset; fastv_ratio: 0.5 -> unset.",
+        ),
+        (
+            {"levels": {"small": {"thresholds": [0.8] * 3, "fastv_ratio": 0.75}}, "detail": {"low": "small"}},
+            "Levels: small merges and drops 0.75, full keeps all. Pictures without a detail: small; detail "
+            "low: small. FastV drops tokens after layer 3, ranked by the prompt's last position. Overridden: "
+            "thresholds: levels low, high -> unset; "
+            "default_level: high -> unset; fastv_ratio: 0.5 -> unset; levels: unset -> levels small; detail: "
+            "unset -> low is small.",
         ),
         (
             None,
-            "no merging, no pruning: vLLM's own LLaVA serves. Overridden: "
+            "No merging, no pruning: vLLM's own LLaVA serves. Overridden: "
             "hybrid: thresholds, default_level, fastv_layer, fastv_ratio -> null.",
         ),
     ],
@@ -262,9 +302,15 @@ def test_the_start_up_line_says_what_is_on_and_what_was_overridden(
     [
         ({"ratio": None}, "hybrid.ratio is not a known key"),
         ({"ratio": 0.5}, "hybrid.ratio is not a known key"),
-        ({"level": "mid"}, "hybrid.level is 'mid', which is no level of hybrid.thresholds; use low, high"),
-        ({"thresholds": None, "level": "low"}, "hybrid.level is 'low', but hybrid.thresholds has no levels"),
-        ({"default_level": None}, "hybrid.default_level is missing; set it to one of the levels low, high"),
+        ({"level": "mid"}, "hybrid.level is 'mid', which is no level; use low, high or full"),
+        (
+            {"thresholds": None, "level": "low"},
+            "hybrid.level is 'low', which is no level; use default or full",
+        ),
+        (
+            {"default_level": None},
+            "hybrid.default_level is missing; set it to one of the levels low, high, full",
+        ),
         ([0.9], r"hybrid is \[0.9\]; give an object"),
     ],
 )

@@ -198,12 +198,12 @@ def test_a_cpu_server_has_a_kv_cache_size_unless_the_user_gives_one(installed: C
 
 
 def test_port_and_quoted_arguments_reach_vllm(installed: Checkout) -> None:
-    arguments = """--hf-overrides '{"hybrid": {"fastv_ratio": 0.5}}' --seed 1"""
+    arguments = """--hf-overrides '{"hybrid": {"level": "low"}}' --seed 1"""
     assert served(installed.run("scripts/serve.sh", PORT="8123", ARGS=arguments))[3:] == [
         "--port",
         "8123",
         "--hf-overrides",
-        '{"hybrid": {"fastv_ratio": 0.5}}',
+        '{"hybrid": {"level": "low"}}',
         "--seed",
         "1",
     ]

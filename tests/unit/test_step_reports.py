@@ -1,16 +1,26 @@
-"""What workers report beside a step's tokens: live counts, and requests whose pages held another's data."""
+"""What workers tell a model of new pictures, and report beside tokens: live counts, and lost pages."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
+from tests.support.configurations import configure
 from vllm_hybrid.engine.scheduler import FOREIGN_PAGES, LIVE_COUNTS
 from vllm_hybrid.engine.worker import ForeignPages, ReportedOutput, StepReport, StepReports
+from vllm_hybrid.frontend.picture_levels import LEVEL_NUMBER
 
 IDS = ["first", "second", "third"]
 
@@ -92,12 +102,24 @@ class Worker(StepReports, Base):
     def __init__(self, *answers: Any) -> None:
         super().__init__(*answers)
         flags = torch.tensor([[False, True, False]])
-        self.model_runner = SimpleNamespace(get_model=lambda: SimpleNamespace(foreign_pages=lambda: flags))
+        self.model_runner = runner(foreign_pages=lambda: flags)
 
 
-def step(tokens: int = 3, copies: list[tuple[int, int]] | None = None) -> Any:
+LEVELS = {"levels": {"low": {"fastv_ratio": 0.9}, "high": {"fastv_ratio": 0.5}}, "default_level": "high"}
+
+
+def runner(**model: Any) -> Any:
+    """A model runner of a model with levels."""
+    config = configure(LEVELS)
+    return SimpleNamespace(vllm_config=config, get_model=lambda: SimpleNamespace(**model))
+
+
+def step(tokens: int = 3, copies: list[tuple[int, int]] | None = None, new: Sequence[Any] = ()) -> Any:
     return SimpleNamespace(
-        scheduled_encoder_inputs={}, total_num_scheduled_tokens=tokens, kv_cache_block_copies=copies
+        scheduled_new_reqs=new,
+        scheduled_encoder_inputs={},
+        total_num_scheduled_tokens=tokens,
+        kv_cache_block_copies=copies,
     )
 
 
@@ -116,10 +138,28 @@ def test_a_runner_that_answers_at_once_reports_at_once() -> None:
 
 def test_page_facts_are_copied_with_their_blocks() -> None:
     worker, copied = Worker(output()), list[tuple[int, int]]()
-    model = SimpleNamespace(foreign_pages=lambda: None, copy_page_facts=copied.extend)
-    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    worker.model_runner = runner(foreign_pages=lambda: None, copy_page_facts=copied.extend)
     worker.execute_model(step(copies=[(3, 5), (4, 6)]))
     assert copied == [(3, 5), (4, 6)]
+
+
+def picture(identifier: str, **data: Any) -> MultiModalFeatureSpec:
+    field = MultiModalBatchedField()
+    elements = {name: MultiModalFieldElem(data=value, field=field) for name, value in data.items()}
+    item = MultiModalKwargsItem(elements) if elements else None
+    return MultiModalFeatureSpec(item, "image", identifier, PlaceholderRange(0, 576))
+
+
+def test_the_model_is_told_the_levels_of_new_requests_pictures() -> None:
+    worker = Worker(output())
+    pixels = torch.zeros(3, 2, 2)
+    features = [picture(f"a cat{end}", pixel_values=pixels) for end in ("@full", "@low", "", "@high")]
+    kept_here = picture("a dog@low")
+    requests = [SimpleNamespace(mm_features=part) for part in (features[:1], [], [*features[1:], kept_here])]
+    worker.execute_model(step(new=requests))
+    told = [feature.data[LEVEL_NUMBER].data for feature in features if feature.data is not None]
+    assert told == [2, 0, 1, 1]
+    assert kept_here.data is None
 
 
 def test_a_step_without_tokens_has_nobody_s_flags() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -79,18 +80,29 @@ def random_metric(tokens: PackedTokens, spread: float, channels: int = 6) -> tor
     return torch.randn(channels) + spread * torch.randn(tokens.hidden.shape[0], channels)
 
 
+# One for all images, or one for each.
+Threshold = float | Sequence[float]
+
+
+def each(threshold: Threshold, images: int) -> Sequence[float]:
+    """The threshold of every image."""
+    return [threshold] * images if isinstance(threshold, float) else threshold
+
+
 def decided_metric(
-    tokens: PackedTokens, spread: float, threshold: float, dtype: torch.dtype = torch.float32
+    tokens: PackedTokens, spread: float, threshold: Threshold, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """A random metric of whose decisions none is a matter of float32 rounding."""
     return decided(lambda: random_metric(tokens, spread).to(dtype), tokens, threshold)
 
 
-def decided(draw: Callable[[], torch.Tensor], tokens: PackedTokens, threshold: float) -> torch.Tensor:
+def decided(draw: Callable[[], torch.Tensor], tokens: PackedTokens, threshold: Threshold) -> torch.Tensor:
     """The first metric drawn of whose decisions none is a matter of float32 rounding."""
+    lengths = tokens.lengths.tolist()
+    thresholds = each(threshold, len(lengths))
     for _ in range(1000):
         metric = draw()
-        if all(margin(part, threshold) > 3e-6 for part in metric.split(tokens.lengths.tolist())):
+        if all(margin(*image) > 3e-6 for image in zip(metric.split(lengths), thresholds, strict=True)):
             return metric
     raise AssertionError("no metric is clear of rounding")
 
@@ -134,11 +146,12 @@ def margin(metric: torch.Tensor, threshold: float) -> float:
 
 
 def both(
-    tokens: PackedTokens, slow: list[Slow], metric: torch.Tensor, threshold: float
+    tokens: PackedTokens, slow: list[Slow], metric: torch.Tensor, threshold: Threshold
 ) -> tuple[PackedTokens, list[Slow]]:
-    parts = metric.split(tokens.lengths.tolist())
-    loop = [slow_merge(s, part, threshold) for s, part in zip(slow, parts, strict=True)]
-    return merge(tokens, metric, threshold), loop
+    parts, thresholds = metric.split(tokens.lengths.tolist()), each(threshold, len(slow))
+    loop = [slow_merge(*image) for image in zip(slow, parts, thresholds, strict=True)]
+    given = threshold if isinstance(threshold, float) else torch.tensor(threshold)
+    return merge(tokens, metric, given), loop
 
 
 # ---- merging --------------------------------------------------------------------------------------
@@ -292,6 +305,66 @@ def test_images_do_not_influence_each_other(seed: int) -> None:
         alone = merge(merge(PackedTokens.start(hidden[i : i + 1]), metrics[i], 0.8), part, 0.8)
         torch.testing.assert_close(alone.hidden, together.hidden.split(together.lengths.tolist())[i])
         assert torch.equal(alone.owner[0], together.owner[i])
+
+
+# Of images that merge all they can, some of it or nothing.
+EACH = (-2.0, 0.5, 0.8, 0.9, 0.95, math.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("patches", [9, 24, 49])
+def test_each_image_merges_at_its_own_threshold(
+    draw: random.Random, seed: int, patches: int, dtype: torch.dtype
+) -> None:
+    hidden = torch.randn(6, 1 + patches, 5).to(dtype)
+    tokens, slow = PackedTokens.start(hidden), [slow_start(h) for h in hidden]
+    for _ in range(4):
+        thresholds = [draw.choice(EACH) for _ in slow]
+        metric = decided_metric(tokens, 0.7, thresholds, dtype)
+        tokens, slow = both(tokens, slow, metric, thresholds)
+        check(tokens, slow, {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype])
+        tokens.hidden = torch.randn(tokens.hidden.shape).to(dtype)
+        for image, part in zip(slow, tokens.hidden.double().split(tokens.lengths.tolist()), strict=True):
+            image.hidden = list(part.numpy())
+
+
+@pytest.mark.parametrize("patches", [9, 24, 49])
+def test_images_with_thresholds_of_their_own_give_what_each_gives_alone(
+    draw: random.Random, seed: int, patches: int
+) -> None:
+    """Each image has one threshold in each of several layers, as levels have, and none in some of them."""
+    hidden = torch.randn(5, 1 + patches, 5)
+    tokens, alone = PackedTokens.start(hidden), [PackedTokens.start(h[None]) for h in hidden]
+    for _ in range(4):
+        thresholds = [draw.choice(EACH) for _ in alone]
+        metric = decided_metric(tokens, 0.7, thresholds)
+        parts = metric.split(tokens.lengths.tolist())
+        tokens = merge(tokens, metric, torch.tensor(thresholds))
+        alone = [merge(*image) for image in zip(alone, parts, thresholds, strict=True)]
+        lengths = tokens.lengths.tolist()
+        assert lengths == [int(own.lengths) for own in alone]
+        assert torch.equal(tokens.owner, torch.cat([own.owner for own in alone]))
+        assert torch.equal(tokens.size, torch.cat([own.size for own in alone]))
+        torch.testing.assert_close(tokens.hidden, torch.cat([own.hidden for own in alone]))
+
+
+def test_an_image_without_a_threshold_keeps_every_bit_beside_others_that_merge(seed: int) -> None:
+    hidden = torch.randn(4, 1 + 24, 5).bfloat16()
+    before = PackedTokens.start(hidden)
+    tokens = merge(before, random_metric(before, 0.2), torch.tensor([0.5, math.inf, -2.0, math.inf]))
+    parts = tokens.hidden.split(tokens.lengths.tolist())
+    for image in (1, 3):
+        assert torch.equal(parts[image], hidden[image])
+        assert torch.equal(tokens.owner[image], before.owner[image])
+    assert max(len(parts[0]), len(parts[2])) < 25
+
+
+@pytest.mark.parametrize("threshold", [-2.0, 0.8, 0.9])
+def test_the_same_threshold_for_each_image_is_one_for_all(seed: int, threshold: float) -> None:
+    tokens = PackedTokens.start(torch.randn(3, 1 + 24, 5))
+    metric = random_metric(tokens, 0.7)
+    single, several = merge(tokens, metric, threshold), merge(tokens, metric, torch.full((3,), threshold))
+    assert torch.equal(single.hidden, several.hidden) and torch.equal(single.owner, several.owner)
 
 
 def test_runs_agree_to_the_bit(seed: int) -> None:

@@ -73,6 +73,7 @@ def ask(
     concurrency: int,
     max_tokens: int,
     report: Callable[[int], None],
+    detail: str | None = None,
 ) -> dict[str, str]:
     """Ask about all rows, without sampling.
 
@@ -84,15 +85,17 @@ def ask(
         concurrency: rows in flight at once.
         max_tokens: the longest answer.
         report: called with the number of rows that are done, after each.
+        detail: OpenAI's ``detail`` of every picture; None sends none.
 
     Returns:
         What went wrong with the rows that got no answer, by index. They can be asked again.
 
     Raises:
-        ValueError: the server no longer answers, or refuses to; answers so far were added.
+        ValueError: the server no longer answers, or refuses to, or knows no such detail; answers so far were
+            added.
 
     """
-    return asyncio.run(_ask(server, rows, message, add, concurrency, max_tokens, report))
+    return asyncio.run(_ask(server, rows, message, add, concurrency, max_tokens, report, detail))
 
 
 async def _ask(
@@ -103,6 +106,7 @@ async def _ask(
     concurrency: int,
     max_tokens: int,
     report: Callable[[int], None],
+    detail: str | None,
 ) -> dict[str, str]:
     import openai
 
@@ -114,7 +118,7 @@ async def _ask(
         nonlocal done
         for row in waiting:
             try:
-                add(await _answer(client, server.model, row.index, *message(row), max_tokens))
+                add(await _answer(client, server.model, row.index, *message(row), max_tokens, detail))
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise ValueError(f"the server at {server.url} refuses: {error}") from None
             except openai.APITimeoutError:
@@ -124,6 +128,11 @@ async def _ask(
                     f"the server at {server.url} no longer answers; run again to go on where it stopped"
                 ) from None
             except (openai.OpenAIError, ValueError, OSError) as error:
+                if detail is not None and getattr(error, "param", None) == "detail":
+                    # What is wrong with one row's is wrong with all.
+                    raise ValueError(
+                        f"the server at {server.url} refuses --detail {detail}: {_message(error)}"
+                    ) from None
                 failed[row.index] = str(error)
             done += 1
             report(done)
@@ -140,9 +149,16 @@ async def _ask(
 
 
 async def _answer(
-    client: AsyncOpenAI, model: str, index: str, pictures: list[str], text: str, max_tokens: int
+    client: AsyncOpenAI,
+    model: str,
+    index: str,
+    pictures: list[str],
+    text: str,
+    max_tokens: int,
+    detail: str | None,
 ) -> Prediction:
-    content: list[Any] = [{"type": "image_url", "image_url": {"url": picture}} for picture in pictures]
+    said = {} if detail is None else {"detail": detail}
+    content: list[Any] = [{"type": "image_url", "image_url": {"url": url, **said}} for url in pictures]
     content.append({"type": "text", "text": text})
     reply = await client.chat.completions.create(
         model=model,
@@ -154,6 +170,12 @@ async def _answer(
         raise ValueError("the server's reply holds no answer")
     choice = reply.choices[0]
     return Prediction(index, (choice.message.content or "").strip(), choice.finish_reason)
+
+
+def _message(error: Exception) -> str:
+    """What a server says in an error, without what its client puts around it."""
+    body = getattr(error, "body", None)
+    return str(body.get("message", error)) if isinstance(body, dict) else str(error)
 
 
 def _key() -> str:

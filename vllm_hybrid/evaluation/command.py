@@ -23,6 +23,14 @@ def evaluate(
     compare_url: Annotated[
         str | None, typer.Option(help="Where the second model is served, if not there too.")
     ] = None,
+    detail: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Send the pictures with this detail, such as a level's name. Repeated: ask each model once "
+            "for each, and report all side by side. Without it none is sent.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for answers and scores.")] = Path("evaluation"),
     short_caption: Annotated[
         bool, typer.Option("--short-caption", help="Ask for a caption of one sentence.")
@@ -42,26 +50,32 @@ def evaluate(
     Answers are kept as they come: stopped and run again, the command goes on where it was.
     """
     import json
+    from dataclasses import replace
 
-    from vllm_hybrid.evaluation.evaluating import Evaluation, folder_name
+    from vllm_hybrid.evaluation.evaluating import Evaluation, ask_models, check_details, report_name
     from vllm_hybrid.evaluation.prompts import choose_template
     from vllm_hybrid.evaluation.report import as_table, make_report, notes
     from vllm_hybrid.evaluation.scoring import choose_metrics, require_libraries
     from vllm_hybrid.evaluation.tsv import find_data, read_data
     from vllm_hybrid.tools.progress import progress
 
+    details = check_details(detail or ())
     found = read_data(find_data(data))
     template = choose_template(found, prompt, short_caption)
     chosen = choose_metrics(found, metrics)
     require_libraries(chosen)
     folder = out / found.name
     evaluation = Evaluation(found, found.rows[:limit], template, max_tokens, concurrency, folder)
+    models = [(url, model)]
+    if compare_model or compare_url:
+        models.append((compare_url or url, compare_model))
     with progress() as shown:
-        sides = [evaluation.answers(url, model, shown)]
-        if compare_model or compare_url:
-            sides.append(evaluation.answers(compare_url or url, compare_model, shown, sides[0]))
+        if len(details) > 1:
+            # A detail that a server does not know shows before the others are asked, which takes long.
+            ask_models(replace(evaluation, rows=evaluation.rows[:1]), models, details, lambda *_: None)
+        sides = ask_models(evaluation, models, details, shown)
     report = make_report(found, evaluation.rows, sides, chosen)
-    file = folder / ("-and-".join(folder_name(side.name) for side in sides) + ".json")
+    file = folder / report_name(sides, details)
     file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(as_table(report))
     for line in (*notes(report, max_tokens), f"{file} has all of this, {folder} the answers"):

@@ -17,10 +17,10 @@ LONGEST_REASON = 200
 
 @dataclass(frozen=True)
 class Side:
-    """One model and its answers.
+    """One model and its answers, at one detail where it was asked at several.
 
     Attributes:
-        name: the model's, for readers.
+        name: the model's and the detail's, for readers.
         answered: its answers by index.
         failed: what went wrong with rows that have none.
         settings: what the answers depend on.
@@ -38,12 +38,13 @@ class Side:
 def make_report(
     data: Data, rows: Sequence[Row], sides: Sequence[Side], metrics: Sequence[str]
 ) -> dict[str, Any]:
-    """Score one model, or compare two, on the rows that all of them answered.
+    """Score one side, or compare several, on the rows that all of them answered.
 
     Args:
         data: what was asked.
         rows: those that were to be answered.
-        sides: one or two.
+        sides: one or more. Two are compared score by score; of more than two each says how many of its
+            answers are the first one's.
         metrics: see `scoring.METRICS`.
 
     Returns:
@@ -82,13 +83,21 @@ def make_report(
     if len(sides) == 2:
         first, second = (model["scores"] for model in report["models"])
         report["difference"] = {name: second[name] - first[name] for name in first}
-        same = sum(a.prediction == b.prediction for a, b in zip(*answers, strict=True))
-        report["same_answers"] = 100 * same / len(common)
+        report["same_answers"] = _same(*answers)
+    elif len(sides) > 2:
+        for model, given in zip(report["models"], answers, strict=True):
+            model["same_answers"] = _same(answers[0], given)
     return report
 
 
+def _same(first: Sequence[Prediction], second: Sequence[Prediction]) -> float:
+    """The share of answers that are the same to the letter, from 0 to 100."""
+    same = sum(a.prediction == b.prediction for a, b in zip(first, second, strict=True))
+    return 100 * same / len(first)
+
+
 def as_table(report: Mapping[str, Any]) -> str:
-    """The scores as lines: a row for each score, a column for each model."""
+    """The scores as lines: a row for each score, a column for each side."""
     models = report["models"]
     lines = [["", *(model["name"] for model in models)]]
     for name in models[0]["scores"]:
@@ -98,6 +107,9 @@ def as_table(report: Mapping[str, Any]) -> str:
         for line in lines[1:]:
             line.append(f"{report['difference'][line[0]]:+.2f}")
         lines.append(["same answers", "", f"{report['same_answers']:.1f}%", ""])
+    elif len(models) > 2:
+        shares = [f"{model['same_answers']:.1f}%" for model in models]
+        lines.append([f"same answers as {models[0]['name']}", *shares])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(_aligned(line, widths) for line in lines)
 

@@ -25,13 +25,21 @@ def install() -> None:
     # Not at the top: only processes that read messages need it.
     from vllm.renderers import chat_utils
 
-    parse = chat_utils._parse_chat_message_content_part
+    module, name = _part_parser(chat_utils)
+    parse = getattr(module, name)
     if getattr(parse, "notes_detail", False):
         return
-    chat_utils._parse_chat_message_content_part = _noting_detail(parse)
+    setattr(module, name, _noting_detail(parse))
     single, several = chat_utils.MultiModalItemTracker, chat_utils.AsyncMultiModalItemTracker
     single.resolve_items = _telling_details(single.resolve_items)
     several.resolve_items = _telling_details_async(several.resolve_items)
+
+
+def _part_parser(chat_utils: Any) -> tuple[Any, str]:
+    """Where vLLM keeps what reads a part of a message: from 0.33 on a file of its own."""
+    if hasattr(chat_utils, "chat_message"):
+        return chat_utils.chat_message, "parse_chat_message_content_part"
+    return chat_utils, "_parse_chat_message_content_part"
 
 
 def detail_of(part: Any) -> Any:

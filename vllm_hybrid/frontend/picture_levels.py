@@ -20,11 +20,8 @@ from vllm.multimodal.inputs import (
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_hybrid.frontend.details import DETAILS
-from vllm_hybrid.levels import Level, Levels
+from vllm_hybrid.levels import REQUEST_LEVEL, Level, Levels
 
-# The extra argument of a request that names the level of all its pictures, in ``vllm_xargs``; also the key of
-# a prompt on its way to the input processor.
-REQUEST_LEVEL = "hybrid_level"
 # The model's argument that carries the number of each picture's level.
 LEVEL_NUMBER = "hybrid_level_number"
 _MARK = "@"

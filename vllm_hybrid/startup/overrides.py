@@ -71,8 +71,9 @@ def _check_for_all_levels(override: dict[str, Any]) -> None:
 
 def _renames_levels(section: dict[str, Any], override: dict[str, Any]) -> bool:
     """Whether an override puts settings in the place of others whose names it does not know."""
-    if "levels" in override:
-        return override["levels"] is None or "levels" not in section
+    before, after = (levels.get("levels") is not None for levels in (section, section | override))
+    if before or after:
+        return before != after
     return "thresholds" in override and not isinstance(override["thresholds"], dict)
 
 
@@ -80,8 +81,9 @@ def _merged_levels(stored: dict[str, Any], override: dict[str, Any]) -> dict[str
     """Levels with an override applied: null takes a level away, or a key of one."""
     levels = dict(stored)
     for name, change in override.items():
-        before = levels.pop(name, None)
+        before = levels.get(name)
         if change is None:
+            levels.pop(name, None)
             continue
         if isinstance(change, dict) and isinstance(before, dict):
             change = {key: value for key, value in (before | change).items() if value is not None}
@@ -154,6 +156,8 @@ def _change(old: Any, new: Any) -> str:
 def _short(value: Any) -> str:
     if value is None:
         return "unset"
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value.values()):
+        return ", ".join(f"{detail} is {name}" for detail, name in value.items()) or "nothing"
     if isinstance(value, dict):
         return f"levels {', '.join(map(str, value))}"
     if isinstance(value, (list, tuple)):

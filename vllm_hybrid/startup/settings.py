@@ -152,27 +152,28 @@ def describe(hybrid: HybridConfig, overridden: Sequence[str] = ()) -> str:
     """What is switched on, by level, what a picture's ``detail`` means, and what was overridden."""
     sentences = ["No merging, no pruning: vLLM's own LLaVA serves."]
     if hybrid.active:
-        default = hybrid.levels.default.name
-        sentences = [
-            f"Level {level.name}{' (default)' * (level.name == default)}: {_does(level)}."
-            for level in hybrid.levels
+        said = [f"without a detail: {hybrid.levels.default.name}"]
+        said += [
+            f"detail {detail}: {name}" for detail, name in hybrid.levels.details if detail in (LOW, HIGH)
         ]
-        meant = [f"{said} is {name}" for said, name in hybrid.levels.details if said in (LOW, HIGH)]
-        sentences.append(f"Detail auto is {', '.join([default, *meant])}.")
+        sentences = [
+            f"Levels: {', '.join(f'{level.name} {_does(level)}' for level in hybrid.levels)}.",
+            f"Pictures {'; '.join(said)}.",
+        ]
     if hybrid.prunes:
         rank = RANKED_BY[hybrid.fastv_rank]
-        sentences.append(f"FastV prunes after layer {hybrid.fastv_layer}, ranked by {rank}.")
+        sentences.append(f"FastV drops tokens after layer {hybrid.fastv_layer}, ranked by {rank}.")
     if overridden:
         sentences.append(f"Overridden: {'; '.join(overridden)}.")
     return " ".join(sentences)
 
 
 def _does(level: Level) -> str:
-    """What a level does to a picture's tokens."""
-    parts = ["merging in the vision tower, virtual unmerging"] if level.merges else []
+    """What a level does with a picture's tokens."""
+    parts = ["merges"] if level.merges else []
     if level.prunes:
-        parts.append(f"FastV pruning of {level.fastv_ratio:g} of them")
-    return ", ".join(parts) or "all tokens"
+        parts.append(f"drops {level.fastv_ratio:g}")
+    return " and ".join(parts) or "keeps all"
 
 
 def reduces(vllm_config: VllmConfig) -> bool:

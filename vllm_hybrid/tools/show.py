@@ -1,4 +1,4 @@
-"""One picture and one question through the server's own engine, full and reduced, as a PNG to look at."""
+"""One picture and one question through the server's own engine, at a level and at full, as a PNG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import numpy as np
 from PIL import Image
 
 from vllm_hybrid.checkpoint.image_processor import check_size, load_image_processor
-from vllm_hybrid.checkpoint.llava import check_checkpoint, load_config
+from vllm_hybrid.checkpoint.llava import ARCHITECTURE, check_checkpoint, load_config, merging_layers
+from vllm_hybrid.config import HybridConfig
+from vllm_hybrid.levels import FULL, REQUEST_LEVEL, Level
 from vllm_hybrid.tools.pictures import to_rgb
 from vllm_hybrid.tools.regions import enlarged, kept_regions, merged_regions, side_by_side
 
@@ -23,8 +25,8 @@ class Seen:
 
     Attributes:
         answer: its answer.
-        owner: int [patches], the live token that holds each patch; None from a full model.
-        kept: bool [live tokens], what FastV keeps for the question; None from a full model.
+        owner: int [patches], the live token that holds each patch; None where nothing was watched.
+        kept: bool [live tokens], what FastV keeps for the question; None where nothing was watched.
 
     """
 
@@ -41,15 +43,15 @@ def show(
     tokens: int = 64,
     dtype: str = "auto",
 ) -> Image.Image:
-    """Draw what is merged and dropped of a picture, with the answers of the full and the reduced model.
+    """Draw what a level merges and drops of a picture, with the answers at it and at the full level.
 
-    Each model runs in an engine and a process of its own, one after the other, so that a large one fits.
+    One engine, in a process of its own, answers at both.
 
     Args:
         checkpoint: folder that ``vllm serve`` can serve.
         picture: any size and mode.
         question: what to ask.
-        level: thresholds to use, where the checkpoint has several levels.
+        level: name of any level of the checkpoint's; left out: the default one.
         tokens: longest answer, in tokens.
         dtype: as ``vllm serve --dtype``.
 
@@ -57,25 +59,53 @@ def show(
         The sheet, RGB.
 
     Raises:
-        ValueError: the checkpoint reduces nothing, or cannot be served.
+        ValueError: the checkpoint or the level reduces nothing, there is no such level, or the checkpoint
+            cannot be served.
 
     """
-    hybrid = getattr(check_checkpoint(checkpoint), "hybrid", None)
-    if not hybrid:
+    config = check_checkpoint(checkpoint)
+    if not getattr(config, "hybrid", None):
         raise ValueError(
             f"{checkpoint} has no hybrid section, so there is nothing to show; make one with prepare"
         )
-    reduced_section = hybrid | ({"level": level} if level else {})
     picture = to_rgb(picture)
-    # Before the engines start, since not every picture can be processed.
+    # Before the engine starts, since not every picture can be processed.
     square = as_the_tower_sees(checkpoint, picture)
-    reduced = _in_own_process(str(checkpoint), reduced_section, picture, question, tokens, dtype)
-    full = _in_own_process(str(checkpoint), None, picture, question, tokens, dtype)
-    if reduced.owner is None or reduced.kept is None:
-        raise ValueError(
-            f"the hybrid section of {checkpoint} switches nothing on, so there is nothing to show"
-        )
+    shown = _level_to_show(checkpoint, config, level)
+    reduced, full = _in_own_process(str(checkpoint), shown.name, picture, question, tokens, dtype)
     return draw(square, question, reduced, full)
+
+
+def _level_to_show(checkpoint: str | Path, config: Any, name: str | None) -> Level:
+    """The level of a name, or the default one.
+
+    Raises:
+        ValueError: there is none, or it reduces nothing.
+
+    """
+    if ARCHITECTURE not in (config.architectures or ()):
+        raise ValueError(
+            f"{checkpoint} has a hybrid section, but not the architecture {ARCHITECTURE}; make one with "
+            "prepare"
+        )
+    hybrid = HybridConfig.parse(
+        config.hybrid,
+        vision_layers=merging_layers(config),
+        decoder_layers=config.text_config.num_hidden_layers,
+    )
+    if not hybrid.active:
+        raise ValueError(
+            f"the hybrid section of {checkpoint} switches nothing on, so there is nothing to show; make one "
+            "with prepare"
+        )
+    level = hybrid.levels.default if name is None else hybrid.levels.asked(name, "--level")
+    if not (level.merges or level.prunes):
+        others = ", ".join(other.name for other in hybrid.levels if other.merges or other.prunes)
+        raise ValueError(
+            f"level {level.name} of {checkpoint} merges and drops nothing, so there is nothing to show; "
+            f"choose with --level from {others}"
+        )
+    return level
 
 
 def draw(picture: Image.Image, question: str, reduced: Seen, full: Seen) -> Image.Image:
@@ -106,20 +136,20 @@ def as_the_tower_sees(checkpoint: str | Path, picture: Image.Image) -> Image.Ima
     return Image.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def _in_own_process(*arguments: Any) -> Seen:
+def _in_own_process(*arguments: Any) -> tuple[Seen, Seen]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_ask, *arguments).result()
 
 
 def _ask(
     checkpoint: str,
-    section: dict[str, Any] | None,
+    level: str,
     picture: Image.Image,
     question: str,
     tokens: int,
     dtype: Any,
-) -> Seen:
-    """Answer one question in this process."""
+) -> tuple[Seen, Seen]:
+    """Answer one question in this process, at a level and at the full one."""
     import os
 
     # The engine runs in this process, where the model can be watched.
@@ -130,7 +160,6 @@ def _ask(
 
     llm = LLM(
         checkpoint,
-        hf_overrides={"hybrid": section},
         dtype=dtype,
         enforce_eager=True,
         max_model_len=2048,
@@ -138,13 +167,16 @@ def _ask(
         limit_mm_per_prompt={"image": 1},
     )
     seen: list[tuple[np.ndarray, np.ndarray]] = []
-    if section is not None:
-        llm.apply_model(lambda model: model.watch_choices(lambda *step: seen.append(_choice(*step))))
+    llm.apply_model(lambda model: model.watch_choices(lambda *step: seen.append(_choice(*step))))
     message = [{"type": "image_pil", "image_pil": picture}, {"type": "text", "text": question}]
-    params = SamplingParams(temperature=0, max_tokens=tokens)
-    outputs = llm.chat([{"role": "user", "content": message}], params, use_tqdm=False)
-    answer = outputs[0].outputs[0].text.strip()
-    return Seen(answer, *seen[0]) if seen else Seen(answer)
+
+    def answer(name: str) -> str:
+        params = SamplingParams(temperature=0, max_tokens=tokens, extra_args={REQUEST_LEVEL: name})
+        outputs = llm.chat([{"role": "user", "content": message}], params, use_tqdm=False)
+        return outputs[0].outputs[0].text.strip()
+
+    reduced = Seen(answer(level), *seen[0])
+    return reduced, Seen(answer(FULL))
 
 
 def _choice(images: Any, lower: Any, upper: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Merge thresholds on disk: our JSON, and the threshold checkpoints that DyMU's code saves.
+"""Merge thresholds on disk: our JSON, which may hold whole levels, and what DyMU's code saves.
 
 DyMU saves the state of its whole encoder (``{"name": ..., "state_dict": ...}``); each block holds a scalar
 buffer, named like ``module.visual.transformer.resblocks.7.threshold``, that starts at 1 and becomes the
@@ -9,69 +9,56 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_hybrid.config import KNOWN_KEYS
 from vllm_hybrid.files import check_present
+from vllm_hybrid.levels import LEVEL_KEYS
+from vllm_hybrid.tools.level_options import NAMELESS, Setting, section_of
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+# What of a ``hybrid`` section a JSON file may hold.
+_FILE_KEYS = ("levels", "thresholds", "fastv_ratio", "default_level", "detail")
+_FORMS = 'give a list, an object of named lists, or an object with "thresholds" or "levels"'
 _BLOCK_THRESHOLD = re.compile(r"(?P<blocks>.*?)\.?(?P<layer>\d+)\.threshold")
 
 
 def write_thresholds(
-    file: str | Path, levels: Mapping[str, Sequence[float | None]], tokens: Mapping[str, int], pictures: int
+    file: str | Path, levels: Mapping[str, Setting], tokens: Mapping[str, int], pictures: int
 ) -> None:
-    """Write calibrated thresholds as JSON.
+    """Write calibrated thresholds as JSON, with what else their levels are made of.
 
     Args:
         file: where to.
-        levels: thresholds by name of the level, the default level first; one level without a name ("")
-            is written as a plain list.
-        tokens: the average of live tokens each level was made for.
+        levels: settings by the name of their level, the default level first; one under NAMELESS is written
+            without levels.
+        tokens: the average of live tokens that each level with thresholds was made for.
         pictures: number of pictures it was made with.
 
     """
-    if list(levels) == [""]:
-        content: dict[str, Any] = {"thresholds": list(levels[""]), "tokens": tokens[""]}
-    else:
-        thresholds = {level: list(values) for level, values in levels.items()}
-        content = {"thresholds": thresholds, "default_level": next(iter(levels)), "tokens": dict(tokens)}
-    Path(file).write_text(json.dumps(content | {"pictures": pictures}, indent=2) + "\n")
-
-
-def parse_levels(wanted: Sequence[str]) -> dict[str, int]:
-    """Numbers of live tokens by level from what a user wrote: one NUMBER, or several NAME=NUMBER.
-
-    Raises:
-        ValueError: something else was written; one sentence says what.
-
-    """
-    levels: dict[str, int] = {}
-    for text in wanted:
-        name, _, number = text.rpartition("=")
-        if not number.strip().isdecimal():
-            raise ValueError(f"{text!r} is no number of tokens; write 195, or mid=195")
-        if name.strip() in levels or (len(wanted) > 1 and not name.strip()):
-            raise ValueError(f"{text!r} needs a name of its own among several levels; write mid=195")
-        levels[name.strip()] = int(number)
-    return levels
+    nameless = list(levels) == [NAMELESS]
+    content = section_of(levels)
+    content |= {"tokens": tokens[NAMELESS] if nameless else dict(tokens), "pictures": pictures}
+    Path(file).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_thresholds(file: str | Path, vision_layers: int, all_layers: int) -> dict[str, Any]:
     """Read a threshold file.
 
     Args:
-        file: JSON (a list, an object of named levels, or an object with "thresholds"), or a DyMU threshold
-            checkpoint (a file saved by torch: an encoder's state, or a list, tensor or object by layer).
+        file: JSON (a list, an object of named lists, or an object with "thresholds" or "levels"), or a DyMU
+            threshold checkpoint (a file saved by torch: an encoder's state, or a list, tensor or object by
+            layer).
         vision_layers: layers of the vision tower that run; a torch file may have one entry for each of
             ``all_layers`` instead, of which the first ``vision_layers`` are taken.
         all_layers: layers of the vision tower.
 
     Returns:
-        The part of a ``hybrid`` section that the file holds: "thresholds", and "default_level" where the
-        file names one. Not validated further: :meth:`HybridConfig.parse` does that.
+        The part of a ``hybrid`` section that the file holds: "thresholds" or "levels", and of "fastv_ratio",
+        "default_level" and "detail" what is there. Not validated further: :meth:`HybridConfig.parse` does
+        that.
 
     Raises:
         ValueError: the file is missing or holds no thresholds; one sentence says why.
@@ -96,15 +83,28 @@ def _from_json(path: Path) -> dict[str, Any]:
         ) from error
     if isinstance(content, list):
         return {"thresholds": content}
-    if isinstance(content, dict) and "thresholds" in content:
-        return {key: content[key] for key in ("thresholds", "default_level") if key in content}
+    if isinstance(content, dict) and ("thresholds" in content or "levels" in content):
+        return _part_of_section(content, path)
     # Any other key that a hybrid section has is no level: better refused below than read as one.
     levels = content if isinstance(content, dict) else {}
     if levels and all(isinstance(v, list) for v in levels.values()) and not set(levels) & set(KNOWN_KEYS):
         return {"thresholds": levels}
-    raise ValueError(
-        f'{path} holds no thresholds; give a list, an object of named lists, or an object with "thresholds"'
-    )
+    raise ValueError(f"{path} holds no thresholds; {_FORMS}")
+
+
+def _part_of_section(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    if "thresholds" in content and "levels" in content:
+        raise ValueError(f"{path} has both thresholds and levels; leave one of them in it")
+    levels = content.get("levels", content.get("thresholds"))
+    if levels == {}:
+        raise ValueError(f"{path} has no level; {_FORMS}")
+    if "levels" in content and not (
+        isinstance(levels, dict) and all(isinstance(setting, dict) for setting in levels.values())
+    ):
+        raise ValueError(
+            f"{path} has levels that are no objects; give each as an object with {' and '.join(LEVEL_KEYS)}"
+        )
+    return {key: content[key] for key in _FILE_KEYS if key in content}
 
 
 def _from_torch(path: Path) -> list[float]:

@@ -8,7 +8,6 @@ is right.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from tests.support.engines import Ask, ServingReference
-from tests.support.reference import Choice
+from tests.support.engines import Ask, ServingReference, image_key
+from tests.support.reference import Asked, Choice
 
 
 @dataclass
@@ -118,11 +116,10 @@ class GivenReference(NotingReference):
         self._encoded = {}
         self.kept: list[list[int]] = []
 
-    def tell(self, images: Sequence[Image.Image], looks: Sequence[Look]) -> None:
+    def tell(self, images: Sequence[Asked], looks: Sequence[Look]) -> None:
         """What the engine made of a request's pictures."""
         for image, look in zip(images, looks, strict=True):
-            key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-            self._encoded[key] = (look.features, look.members)
+            self._encoded[image_key(image)] = (look.features, look.members)
         self.kept = [look.kept_tokens for look in looks]
 
     def _prune(self, rows: Any, importance: torch.Tensor) -> tuple[Any, list[Choice]]:

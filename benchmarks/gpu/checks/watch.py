@@ -41,7 +41,7 @@ class Pictures:
     def _note(self, pixels: Any, embeddings: Sequence[torch.Tensor]) -> None:
         for own, embedding in zip(pixels, embeddings, strict=True):
             distance = (self.pixels - own.float().cpu()).abs().flatten(1).mean(dim=1)
-            (features,), owner = encoder_output.decode([embedding])
+            (features,), owner, _ = encoder_output.decode([embedding])
             live = int(owner.max()) + 1
             self._encoded.append((int(distance.argmin()), owner[0].cpu(), features[:live].float().cpu()))
 

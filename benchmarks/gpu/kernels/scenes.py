@@ -145,7 +145,7 @@ class Scene:
                 value = RowPlan(**{k: v.to(device) for k, v in vars(value).items()})
             elif isinstance(value, StepImages):
                 first, owner = value.first_row.to(device), value.owner.to(device)
-                value = StepImages(first, owner, value.first_rows, value.counts)
+                value = replace(value, first_row=first, owner=owner)
             moved[name] = value
         return Scene(**moved)
 
@@ -199,7 +199,9 @@ def make_scene(
     prompt = shape.text + patches
     owner = torch.stack([random_owner(patches, shape.live, draw) for _ in range(requests)])
     first_rows = [r * prompt + TEXT_BEFORE for r in range(requests)]
-    images = StepImages(torch.tensor(first_rows), owner, first_rows, [shape.live] * requests)
+    images = StepImages(
+        torch.tensor(first_rows), owner, first_rows, [shape.live] * requests, [0.0] * requests
+    )
     plan = row_plan.plan_live_rows(requests * prompt, images)
     if shape.kept is not None:
         plan = _kept_rows(plan, images, shape.kept, draw)

@@ -46,9 +46,13 @@ class InWorker:
         return taken
 
     def bench_set_thresholds(self, thresholds: Sequence[float | None]) -> None:
-        """Other thresholds for a running model, so that one start serves all levels of one ratio."""
+        """Other thresholds for a running model's default level: one start serves all of one ratio."""
         model = self.model_runner.get_model()
-        model.hybrid = dataclasses.replace(model.hybrid, thresholds=tuple(thresholds))
+        levels = model.hybrid.levels
+        changed = dataclasses.replace(levels.default, thresholds=tuple(thresholds))
+        others = tuple(changed if level == levels.default else level for level in levels)
+        levels = dataclasses.replace(levels, all=others, default=changed)
+        model.hybrid = dataclasses.replace(model.hybrid, levels=levels)
 
     def bench_facts(self) -> dict[str, Any]:
         """What was really chosen: attention by layer, block sizes, graphs, memory.
