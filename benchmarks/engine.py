@@ -21,6 +21,7 @@ REQUESTS = 16
 TEXT_TOKENS = 60
 LOADS = {"prefill": (1, True), "mixed": (32, True), "decode": (256, True), "text": (64, False)}
 BLOCK_SIZE = 16
+POOL_BYTES = 3 << 30
 
 
 def picture_seeds(load: str, repeats: int) -> list[int]:
@@ -36,13 +37,23 @@ def requests(seed: int, with_image: bool, image_token: int) -> list[dict[str, An
     draw = random.Random(seed)
     made: list[dict[str, Any]] = []
     for index in range(REQUESTS):
-        text = [draw.randrange(300, 1000) for _ in range(TEXT_TOKENS)]
-        if with_image:
-            image = {"image": picture(seed * 1000 + index)}
-            made.append({"prompt_token_ids": [*text[:5], image_token, *text[5:]], "multi_modal_data": image})
-        else:
-            made.append({"prompt_token_ids": text})
+        text = random_text(draw)
+        image = picture(seed * 1000 + index) if with_image else None
+        made.append({"prompt_token_ids": text} if image is None else with_picture(text, image, image_token))
     return made
+
+
+def random_text(draw: random.Random) -> list[int]:
+    """TEXT_TOKENS token ids of ordinary word pieces."""
+    return [draw.randrange(300, 1000) for _ in range(TEXT_TOKENS)]
+
+
+def with_picture(text: list[int], image: Any, image_token: int) -> dict[str, Any]:
+    """A prompt of a text with a picture behind its fifth token."""
+    return {
+        "prompt_token_ids": [*text[:5], image_token, *text[5:]],
+        "multi_modal_data": {"image": image},
+    }
 
 
 def measure(llm: Any, load: str, repeats: int, image_token: int) -> dict[str, Any]:
@@ -75,26 +86,25 @@ def measure(llm: Any, load: str, repeats: int, image_token: int) -> dict[str, An
     }
 
 
-def peak_blocks(llm: Any, image_token: int) -> dict[str, float]:
-    """Share of the KV pool in use while REQUESTS picture prompts decode, by vLLM's own gauge."""
+def peak_blocks(
+    llm: Any, prompts: list[dict[str, Any]], extra_args: dict[str, Any] | None = None
+) -> dict[str, float]:
+    """Share of the KV pool in use while picture prompts decode together, by vLLM's own gauge."""
     from vllm import SamplingParams
 
-    prompts = requests(77, True, image_token)
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    params = SamplingParams(
+        temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, extra_args=extra_args
+    )
     for number, prompt in enumerate(prompts):
         llm.llm_engine.add_request(str(number), prompt, params)
-    while len(_steps_done(llm)) < REQUESTS:
-        pass
+    decoding: set[str] = set()
+    while len(decoding) < len(prompts):
+        decoding.update(o.request_id for o in llm.llm_engine.step() if len(o.outputs[0].token_ids) >= 2)
     used = next(m.value for m in llm.get_metrics() if m.name == "vllm:kv_cache_usage_perc")
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
     blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    return {"pool_share": used, "blocks_per_request": used * (blocks - 1) / REQUESTS}
-
-
-def _steps_done(llm: Any, seen: set[str] = set()) -> set[str]:  # noqa: B006  (one engine per process)
-    seen.update(o.request_id for o in llm.llm_engine.step() if len(o.outputs[0].token_ids) >= 2)
-    return seen
+    return {"pool_share": used, "blocks_per_request": used * (blocks - 1) / len(prompts)}
 
 
 def tree_memory() -> int:
@@ -110,6 +120,37 @@ def _peak(pid: int) -> int:
     return 0
 
 
+def open_engine(
+    checkpoint: Path, override: dict[str, Any], pool_bytes: int = POOL_BYTES, **options: Any
+) -> Any:
+    """An engine of a checkpoint as all are measured.
+
+    Args:
+        checkpoint: its folder.
+        override: for vLLM's ``hf_overrides``.
+        pool_bytes: of KV.
+        options: more of them, or others, for vLLM's ``LLM``.
+
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    from vllm import LLM
+
+    usual: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 16384,
+        "max_num_seqs": 64,
+        "enable_prefix_caching": False,
+        "limit_mm_per_prompt": {"image": 1},
+        "disable_log_stats": False,
+    }
+    if override.get("hybrid") is not None:
+        # Stock's kernel wants blocks of 32; the hybrid one serves at its own default.
+        usual["block_size"] = BLOCK_SIZE
+    return LLM(str(checkpoint), hf_overrides=override, kv_cache_memory_bytes=pool_bytes, **(usual | options))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
@@ -117,30 +158,13 @@ def main() -> None:
     parser.add_argument("--loads", default=",".join(LOADS))
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    from vllm import LLM
-
-    config = json.loads((args.checkpoint / "config.json").read_text())
-    llm = LLM(
-        str(args.checkpoint),
-        hf_overrides=overrides(args.kind, json.loads((args.checkpoint / "hybrid.json").read_text())),
-        dtype="bfloat16",
-        max_model_len=2048,
-        max_num_batched_tokens=16384,
-        max_num_seqs=64,
-        kv_cache_memory_bytes=3 << 30,
-        enable_prefix_caching=False,
-        limit_mm_per_prompt={"image": 1},
-        disable_log_stats=False,
-        # Stock's kernel wants blocks of 32; the hybrid one serves at its own default.
-        **({} if args.kind in ("stock", "off") else {"block_size": BLOCK_SIZE}),
-    )
-    image_token = config["image_token_index"]
+    section = json.loads((args.checkpoint / "hybrid.json").read_text())
+    llm = open_engine(args.checkpoint, overrides(args.kind, section))
+    image_token = json.loads((args.checkpoint / "config.json").read_text())["image_token_index"]
     result: dict[str, Any] = {
         "kind": args.kind,
         "loads": {load: measure(llm, load, args.repeats, image_token) for load in args.loads.split(",")},
-        "blocks": peak_blocks(llm, image_token),
+        "blocks": peak_blocks(llm, requests(77, True, image_token)),
         "peak_bytes": tree_memory(),
     }
     print("RESULT " + json.dumps(result), flush=True)

@@ -96,14 +96,9 @@ class VllmServer:
         """Every sample of /metrics, summed over its labels."""
         return summed_samples(self._get("/metrics"))
 
-    def reduced(self) -> dict[str, float]:
-        """The plugin's own counters by name: "images", "live_tokens", ..."""
-        own, total = "vllm_hybrid:", "_total"
-        return {
-            name.removeprefix(own).removesuffix(total): value
-            for name, value in self.metrics().items()
-            if name.startswith(own) and name.endswith(total)
-        }
+    def reduced(self, level: str | None = None) -> dict[str, float]:
+        """The plugin's own counters by name: "images", "live_tokens", ...; of one level or of all."""
+        return reduced(self._get("/metrics"), level)
 
     def post(self, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
         """What the server answers to a JSON object.
@@ -164,14 +159,27 @@ class VllmServer:
             return answer.read().decode()
 
 
-def summed_samples(metrics: str) -> dict[str, float]:
-    """Every sample of a text of /metrics by its name, summed over its labels."""
+def reduced(metrics: str, level: str | None = None) -> dict[str, float]:
+    """The plugin's own counters in a text of /metrics by name, of one level or of all."""
+    own, total = "vllm_hybrid:", "_total"
+    labels = {} if level is None else {"level": level}
+    return {
+        name.removeprefix(own).removesuffix(total): value
+        for name, value in summed_samples(metrics, labels).items()
+        if name.startswith(own) and name.endswith(total)
+    }
+
+
+def summed_samples(metrics: str, labels: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Every sample of a text of /metrics that has all of some labels, by its name, summed over the others."""
     from prometheus_client.parser import text_string_to_metric_families
 
     sums: dict[str, float] = {}
+    wanted = set((labels or {}).items())
     for family in text_string_to_metric_families(metrics):
         for sample in family.samples:
-            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+            if wanted <= set(sample.labels.items()):
+                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
     return sums
 
 

@@ -22,12 +22,16 @@ readonly TESTS=(
   tests/unit/test_hole_reclaim.py
   tests/unit/test_prefix_sharing.py
   tests/unit/test_scheduler_limits.py
+  tests/unit/test_level_scheduling.py
+  tests/unit/test_picture_levels.py
   tests/engine/test_serving.py
   tests/engine/test_kv_reclaim.py
   tests/engine/test_scheduling.py
   tests/engine/test_conversations.py
+  tests/engine/test_levels.py
   tests/engine/test_v2_runner.py
   tests/engine/test_tensor_parallel.py
+  tests/server/test_levels.py
 )
 
 say() { printf 'test_next: %s\n' "$*"; }

@@ -113,7 +113,9 @@ class Levels:
 
         """
         if not isinstance(name, str) or name not in self.names:
-            raise ValueError(f"{parameter} is {_short(name)}, which is no level; use {_listed(self.names)}")
+            raise ValueError(
+                f"{parameter} is {shortened(name)}, which is no level; use {_listed(self.names)}"
+            )
         return self.named(name)
 
     def of_detail(self, detail: object, parameter: str = "detail") -> Level:
@@ -134,7 +136,9 @@ class Levels:
                 return self.named(name)
         if not isinstance(detail, str) or detail not in self.names:
             known = dict.fromkeys([AUTO, *(said for said, _ in self.details), *self.names])
-            raise ValueError(f"{parameter} is {_short(detail)}, which means no level; use {_listed(known)}")
+            raise ValueError(
+                f"{parameter} is {shortened(detail)}, which means no level; use {_listed(known)}"
+            )
         return self.named(detail)
 
 
@@ -198,7 +202,7 @@ def _whole_settings(section: Mapping[str, Any], layers: int) -> list[Level]:
             )
     if not isinstance(levels, dict) or not levels:
         raise ValueError(
-            f"hybrid.levels is {_short(levels)}; give an object of named levels, each with "
+            f"hybrid.levels is {shortened(levels)}; give an object of named levels, each with "
             f"{' and '.join(LEVEL_KEYS)}"
         )
     return [_whole_setting(name, value, layers) for name, value in levels.items()]
@@ -207,7 +211,7 @@ def _whole_settings(section: Mapping[str, Any], layers: int) -> list[Level]:
 def _whole_setting(name: str, value: Any, layers: int) -> Level:
     where = f"hybrid.levels.{name}"
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {_short(value)}; give an object with {' and '.join(LEVEL_KEYS)}")
+        raise ValueError(f"{where} is {shortened(value)}; give an object with {' and '.join(LEVEL_KEYS)}")
     for key in value:
         if key not in LEVEL_KEYS:
             raise ValueError(f"{where}.{key} is not a known key; use {_listed(LEVEL_KEYS)}")
@@ -242,13 +246,15 @@ def _parse_details(value: Any, names: list[str], own: list[str]) -> tuple[tuple[
         meanings |= dict.fromkeys((LOW, HIGH), own[0] if own else FULL)
     meanings |= {name: name for name in names}
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f'hybrid.detail is {_short(value)}; give an object such as {{"low": "{names[0]}"}}')
+        raise ValueError(
+            f'hybrid.detail is {shortened(value)}; give an object such as {{"low": "{names[0]}"}}'
+        )
     for detail, name in (value or {}).items():
         if detail == AUTO:
             raise ValueError(f"hybrid.detail.{AUTO} always means the default level; set hybrid.default_level")
         if not isinstance(name, str) or name not in names:
             raise ValueError(
-                f"hybrid.detail.{detail} is {_short(name)}, which is no level; use {_listed(names)}"
+                f"hybrid.detail.{detail} is {shortened(name)}, which is no level; use {_listed(names)}"
             )
         meanings[detail] = name
     return tuple(meanings.items())
@@ -298,7 +304,10 @@ def _listed(names: Any) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _short(value: Any) -> str:
-    """A value as a sentence shows it: it may come from a request, and be long."""
-    text = " ".join(repr(value).split())
+def shortened(value: Any) -> str:
+    """A value as a sentence shows it: it may come from a request, and be long or deep."""
+    try:
+        text = " ".join(repr(value).split())
+    except RecursionError:
+        text = type(value).__name__
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,18 +6,24 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from benchmarks.accuracy.questions import Asked
+from benchmarks.accuracy.settings import Setting, compared, merging, offering
+from vllm_hybrid.levels import FULL
+
+if TYPE_CHECKING:
+    from benchmarks.accuracy.served import LevelServer
 
 # Answers to all questions, average image tokens before FastV's choice, and after it.
 Found = tuple[list[str], float, float]
 
 SERVER, OFFLINE = "server", "offline"
-FULL, BLANK = "full", "blank picture"
+BLANK = "blank picture"
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,23 @@ class Setup:
     ratios: list[float]
     both_ratios: list[float]
 
-    @property
+    @cached_property
     def section(self) -> dict[str, Any]:
         """The checkpoint's own hybrid section."""
         return json.loads((self.checkpoint / "config.json").read_text())["hybrid"]
+
+    @property
+    def settings(self) -> list[Setting]:
+        """What a server offers, the full model first."""
+        return compared(self.section, self.levels, self.ratios, self.both_ratios)
+
+    def server(self, ranking: dict[str, Any] | None = None) -> LevelServer:
+        """A server of all settings; see :func:`offering`."""
+        # Not at the top: the offline configurations need nothing that a server needs.
+        from benchmarks.accuracy.served import LevelServer
+
+        override = offering(self.settings, self.section, ranking)
+        return LevelServer(self.checkpoint, override, self.images, ["--dtype", self.dtype], self.log)
 
     @property
     def work(self) -> list[Any]:
@@ -70,63 +89,39 @@ class Setup:
         return [weights.st_size, weights.st_mtime_ns, config, questions, self.dtype]
 
 
-def cases(setup: Setup) -> list[Case]:
-    """All configurations: the full model, served, first."""
-    return [*_served(setup), *_offline(setup)]
+def served(setup: Setup, server: LevelServer) -> list[Case]:
+    """What the server is asked: the full model first."""
+
+    def case(setting: Setting) -> Case:
+        return Case(setting.family, setting.name, SERVER, lambda: server.answers(setting.level, setup.asked))
+
+    return [case(setting) for setting in setup.settings]
 
 
-def _served(setup: Setup) -> list[Case]:
-    thresholds, layer = setup.section["thresholds"], setup.section["fastv_layer"]
+def offline(setup: Setup) -> list[Case]:
+    """What no server offers, and the full model once more."""
+    from benchmarks.accuracy import offline as shown
 
-    def case(family: str, name: str, section: dict[str, Any] | None) -> Case:
-        return Case(family, name, SERVER, lambda: _serve(setup, section))
+    thresholds = merging(setup.section, setup.levels)
 
-    def pruned(level: str | None, ratio: float) -> dict[str, Any]:
-        values = None if level is None else thresholds[level]
-        return {"thresholds": values, "fastv_layer": layer, "fastv_ratio": ratio}
-
-    return [
-        case(FULL, "all patches", None),
-        *(case("merged", level, {"thresholds": thresholds[level]}) for level in setup.levels),
-        *(case("pruned", f"R = {r:g}", pruned(None, r)) for r in setup.ratios),
-        *(
-            case(f"both, R = {r:g}", level, pruned(level, r))
-            for r in setup.both_ratios
-            for level in setup.levels
-        ),
-    ]
-
-
-def _serve(setup: Setup, section: dict[str, Any] | None) -> Found:
-    from benchmarks.accuracy.served import serve_and_ask
-
-    options = ["--dtype", setup.dtype]
-    return serve_and_ask(setup.checkpoint, section, setup.images, setup.asked, options, setup.log)
-
-
-def _offline(setup: Setup) -> list[Case]:
-    from benchmarks.accuracy import offline
-
-    thresholds = setup.section["thresholds"]
-
-    def case(family: str, name: str, image_tokens: offline.ImageTokens) -> Case:
+    def case(family: str, name: str, image_tokens: shown.ImageTokens) -> Case:
         return Case(family, name, OFFLINE, lambda: _answer(setup, image_tokens))
 
     closed_up = "merged, closed up"
     return [
-        case(FULL, "all patches", offline.everything),
-        case(BLANK, "all patches", offline.blank),
-        *(case(closed_up, level, offline.closed_up(thresholds[level], False)) for level in setup.levels),
+        case(FULL, "all patches", shown.everything),
+        case(BLANK, "all patches", shown.blank),
+        *(case(closed_up, level, shown.closed_up(values, False)) for level, values in thresholds.items()),
         *(
-            case(f"{closed_up}, in reading order", level, offline.closed_up(thresholds[level], True))
-            for level in setup.levels
+            case(f"{closed_up}, in reading order", level, shown.closed_up(values, True))
+            for level, values in thresholds.items()
         ),
         *(
-            case("random, as many as merged", level, offline.fewer_from_the_start(thresholds[level]))
-            for level in setup.levels
+            case("random, as many as merged", level, shown.fewer_from_the_start(values))
+            for level, values in thresholds.items()
         ),
         *(
-            case("random, as many as pruned", f"R = {r:g}", offline.fewer_after_the_choice(r))
+            case("random, as many as pruned", f"R = {r:g}", shown.fewer_after_the_choice(r))
             for r in setup.ratios
         ),
     ]

@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.accuracy.cases import FULL, Found, Setup  # noqa: E402
+from benchmarks.accuracy.cases import Found, Setup  # noqa: E402
 from benchmarks.accuracy.questions import (  # noqa: E402
     Asked,
     after,
@@ -40,13 +40,14 @@ from benchmarks.accuracy.questions import (  # noqa: E402
     shares,
 )
 from benchmarks.accuracy.report import insert, line  # noqa: E402
+from benchmarks.accuracy.settings import PRUNED, Setting  # noqa: E402
 from tools.demo_training.measure import HEADLINE  # noqa: E402
 from tools.demo_training.questions import TASKS  # noqa: E402
 from vllm_hybrid.config import FASTV_RANKS, PROMPT_END, TURN_END  # noqa: E402
+from vllm_hybrid.levels import FULL  # noqa: E402
 from vllm_hybrid.tools.journal import Journal  # noqa: E402
 
 MARK = "conversations"
-PRUNED = "pruned"
 # First questions of a picture, and turns behind one in a real conversation.
 FIRSTS, LATER_TURNS = 3, 2
 # Of which later questions the ranks are compared: the tasks, and whether the thing has to be there ("No" is
@@ -94,54 +95,9 @@ def asks_for_other(first: Asked, later: Asked) -> bool:
     return later != first and (not later.cells or not set(later.cells) <= set(first.cells))
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How much is reduced.
-
-    Attributes:
-        family: what is done, as in the other table.
-        name: how far.
-        thresholds: of merging; None merges nothing.
-        ratio: R of FastV; 0 drops nothing.
-
-    """
-
-    family: str
-    name: str
-    thresholds: tuple[float | None, ...] | None = None
-    ratio: float = 0.0
-
-    @property
-    def ranks(self) -> tuple[str, ...]:
-        """What may rank; nothing does where nothing is dropped."""
-        return FASTV_RANKS if self.ratio else ("",)
-
-    def section(self, own: dict[str, Any], rank: str) -> dict[str, Any] | None:
-        """The hybrid section for a server of a checkpoint that has the given one."""
-        if self.family == FULL:
-            return None
-        section = {
-            "thresholds": self.thresholds,
-            "fastv_layer": own["fastv_layer"],
-            "fastv_ratio": self.ratio,
-        }
-        ranking = {"fastv_rank": rank, "assistant_header": own["assistant_header"]}
-        return section | (ranking if self.ratio else {})
-
-
-def settings(setup: Setup) -> list[Setting]:
-    """All settings, the full model first."""
-    levels = {level: tuple(setup.section["thresholds"][level]) for level in setup.levels}
-    return [
-        Setting(FULL, "all patches"),
-        *(Setting(PRUNED, f"R = {ratio:g}", None, ratio) for ratio in setup.ratios),
-        *(Setting("merged", level, values) for level, values in levels.items()),
-        *(
-            Setting(f"both, R = {ratio:g}", level, values, ratio)
-            for ratio in setup.both_ratios
-            for level, values in levels.items()
-        ),
-    ]
+def ranks(setting: Setting) -> tuple[str, ...]:
+    """What may rank; nothing does where nothing is dropped."""
+    return FASTV_RANKS if setting.ratio else ("",)
 
 
 # ---- measuring ------------------------------------------------------------------------------------
@@ -198,19 +154,41 @@ class Questions:
 def measure(
     setup: Setup, questions: Questions, served_ratios: Sequence[float], journal: Journal
 ) -> list[Answers]:
-    """The answers of every setting and rank; real conversations are for the full model and pruning alone."""
+    """The answers of every setting and rank."""
+    spoken = speak(setup, questions, served_ratios, journal)
     found = []
-    for setting in settings(setup):
-        for rank in setting.ranks:
-            title = " ".join(part for part in (setting.family, setting.name, rank) if part)
-            about = setup, questions, setting, rank
-            offline, _, kept = _timed(journal, f"{title}, offline", partial(_offline, *about))
-            spoken = None
-            if setting.family == FULL or (setting.family == PRUNED and setting.ratio in served_ratios):
-                spoken = _timed(journal, f"{title}, served", partial(_served, *about))[0]
+    for setting in setup.settings:
+        for rank in ranks(setting):
+            answer = partial(_offline, setup, questions, setting, rank)
+            offline, _, kept = _timed(journal, f"{_title(setting, rank)}, offline", answer)
             split = len(questions.first)
-            found.append(Answers(setting, rank, kept, offline[:split], offline[split:], spoken))
+            served = spoken.get((setting, rank))
+            found.append(Answers(setting, rank, kept, offline[:split], offline[split:], served))
     return found
+
+
+def speak(
+    setup: Setup, questions: Questions, served_ratios: Sequence[float], journal: Journal
+) -> dict[tuple[Setting, str], list[str]]:
+    """A server's answers in real conversations by setting and rank, for the full model and pruning alone.
+
+    What ranks is the server's, so each rank has one of its own; the full model is asked of the first.
+    """
+    found: dict[tuple[Setting, str], list[str]] = {}
+    for rank in FASTV_RANKS:
+        ranking = {"fastv_rank": rank, "assistant_header": setup.section["assistant_header"]}
+        with setup.server(ranking) as server:
+            for setting in setup.settings:
+                full = setting.family == FULL and rank == FASTV_RANKS[0]
+                if full or (setting.family == PRUNED and setting.ratio in served_ratios):
+                    own = rank if rank in ranks(setting) else ""
+                    answer = partial(server.answers, setting.level, questions.spoken)
+                    found[setting, own] = _timed(journal, f"{_title(setting, own)}, served", answer)[0]
+    return found
+
+
+def _title(setting: Setting, rank: str) -> str:
+    return " ".join(part for part in (setting.family, setting.name, rank) if part)
 
 
 def _timed(journal: Journal, title: str, run: Callable[[], Found]) -> Found:
@@ -232,14 +210,6 @@ def _offline(setup: Setup, questions: Questions, setting: Setting, rank: str) ->
     answers, live, kept = answer_ranked(model, image_tokens, setting.ratio, setup.images, ordered)
     by_place = dict(zip(order, answers, strict=True))
     return [by_place[i] for i in range(len(pairs))], live, kept
-
-
-def _served(setup: Setup, questions: Questions, setting: Setting, rank: str) -> Found:
-    from benchmarks.accuracy.served import serve_and_ask
-
-    section = setting.section(setup.section, rank)
-    options = ["--dtype", setup.dtype]
-    return serve_and_ask(setup.checkpoint, section, setup.images, questions.spoken, options, setup.log)
 
 
 # ---- report ---------------------------------------------------------------------------------------
@@ -425,12 +395,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "llava-hybrid")
     parser.add_argument("--pictures", type=int, default=40, help="up to three conversations are held on each")
-    parser.add_argument("--levels", default="low", help="of the checkpoint's thresholds")
+    parser.add_argument("--levels", default="low", help="of the checkpoint, for their thresholds")
     parser.add_argument("--ratios", default="0.5,0.75,0.9", help="of pruning alone")
     parser.add_argument("--both-ratios", default="0.5", help="of pruning after merging")
-    parser.add_argument(
-        "--served-ratios", default="", help="those of --ratios to serve as well: a server each"
-    )
+    parser.add_argument("--served-ratios", default="", help="those of --ratios to serve as well")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "accuracy.md")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args()

@@ -53,8 +53,8 @@ class Shown:
 
     def pruned(self, importance: Tensor, ratio: float) -> Shown:
         """With FastV's choice of its live tokens, float [live] being how important each is."""
-        lengths = torch.tensor([len(importance)])
-        chosen = select_tokens(importance, lengths, ratio)
+        live = len(importance)
+        chosen = select_tokens(importance, torch.tensor([live]), torch.tensor([live_to_kept(live, ratio)]))
         return replace(self, kept=chosen[self.owners].nonzero().flatten())
 
 

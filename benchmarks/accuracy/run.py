@@ -1,7 +1,7 @@
 """Right answers of the embedded model against merging and pruning: a table and a plot for docs/accuracy.md.
 
-Every configuration is a `vllm serve` of its own, but for what no server offers, which plain transformers
-answers. A run that was cut off goes on with the configurations that are left.
+One `vllm serve` offers every configuration as a level and is asked at each; what no server offers, plain
+transformers answers. A run that was cut off goes on with the configurations that are left.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.accuracy.cases import Case, Setup, cases  # noqa: E402
+from benchmarks.accuracy.cases import Case, Setup, offline, served  # noqa: E402
 from benchmarks.accuracy.questions import held_out  # noqa: E402
 from benchmarks.accuracy.report import Result, insert, plot, result, summary, table  # noqa: E402
 from vllm_hybrid.tools.journal import Journal  # noqa: E402
@@ -49,13 +49,20 @@ def main() -> None:
 def measure(setup: Setup, journal: Journal) -> list[Result]:
     """Figures of all configurations, with their answers."""
     results: list[Result] = []
-    for case in cases(setup):
+
+    def add(case: Case) -> None:
         began = time.monotonic()
         answers, live, kept = journal.result(case.title, case.run)
         full = results[0]["answers"] if results else answers
         about = {"family": case.family, "name": case.name, "where": case.where, "live": live, "kept": kept}
         results.append({**about, **result(setup.asked, answers, full), "answers": answers})
         _tell(case, results[-1], time.monotonic() - began)
+
+    with setup.server() as server:
+        for case in served(setup, server):
+            add(case)
+    for case in offline(setup):
+        add(case)
     return results
 
 
@@ -86,7 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "llava-hybrid")
     parser.add_argument("--pictures", type=int, default=40, help="up to ten questions are asked on each")
     parser.add_argument("--dtype", default="float32", help="of the servers; transformers computes in float32")
-    parser.add_argument("--levels", default="low,mid,high", help="of the checkpoint's thresholds")
+    parser.add_argument("--levels", default="low,mid,high", help="of the checkpoint, for their thresholds")
     parser.add_argument("--ratios", default="0.25,0.5,0.75,0.9", help="of pruning alone")
     parser.add_argument("--both-ratios", default="0.5", help="of pruning after merging")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "accuracy.md")

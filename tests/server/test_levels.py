@@ -180,6 +180,48 @@ def test_a_detail_that_openai_s_api_has_not_is_refused(client: OpenAI) -> None:
         ask(client, picture(0, detail="best"))
 
 
+def test_streams_are_refused_as_a_whole(client: OpenAI) -> None:
+    """Not with an event inside a stream that began well."""
+    with pytest.raises(BadRequestError, match="detail is 'best'"):
+        ask(client, picture(0, detail="best"), stream=True)
+    with pytest.raises(BadRequestError, match="hybrid_level is 'best'"):
+        ask(client, picture(0), stream=True, extra_body={"vllm_xargs": {"hybrid_level": "best"}})
+
+
+def nested(depth: int) -> list[Any]:
+    return [nested(depth - 1)] if depth else []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [3, True, ["low"], {"low": 1}, "x" * 10_000, "\ud800", "@low", nested(400)],
+    ids=[
+        "a number",
+        "a truth",
+        "a list",
+        "an object",
+        "a long text",
+        "half a character",
+        "a mark",
+        "a deep list",
+    ],
+)
+def test_odd_details_are_refused_shortly(server: Server, said: Any) -> None:
+    content = [{**picture(0), "detail": said}, {"type": "text", "text": "What is here?"}]
+    status, error = post(
+        server, "/v1/chat/completions", {**MODEL, "messages": [{"role": "user", "content": content}]}
+    )
+    assert status == 400 and "use auto, original, low, mid, high" in error["error"]["message"]
+    assert len(error["error"]["message"]) < 400
+
+
+@pytest.mark.parametrize("said", ["full", ["full"], 1, {"hybrid_level": ["full"]}])
+def test_odd_arguments_cost_no_other_api_an_error(server: Server, said: Any) -> None:
+    body = {**MODEL, "messages": [{"role": "user", "content": "Hello."}], "vllm_xargs": said}
+    status, reply = post(server, "/tokenize", body)
+    assert status == 200 and reply["count"] > 1
+
+
 def expected_cost(shown: list[tuple[int, str]]) -> list[dict[str, Any]]:
     reference = ServingReference(checkpoint(), section())
     ratios = {"low": 0.5, "mid": 0.0, "high": 0.25, "full": 0.0}

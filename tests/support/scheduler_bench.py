@@ -446,7 +446,7 @@ class Bench:
             assert block.ref_cnt == owners[block.block_id]
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1 - len(owners)
         # What is 0 may be there or not.
-        totals: Counter[str] = getattr(self.scheduler, "totals", self.totals)
+        totals = Counter(getattr(self.scheduler, "totals", self.totals))
         assert +totals == +self.totals, f"{totals} and not {self.totals}"
 
     def check_rest(self) -> None:

@@ -11,6 +11,7 @@ reads or sets, and what is expected of it:
     uses     names and strings that its own code has: a hook that nobody calls any more is still there
     admits   values that a type lists
     since    the first vLLM of which all this is expected
+    until    the first vLLM of which it is expected no longer
     why      of "uses", what depends on it
 
 An entry without any of these expects that the name is there. `python -m tests.support.vllm_contract` prints a
@@ -55,7 +56,7 @@ def read_contract() -> Contract:
     contract: Contract = json.loads(CONTRACT_FILE.read_text())
     for file, entries in contract.items():
         for name, expected in entries.items():
-            if unknown := expected.keys() - CHECKS.keys() - {"since", "why"}:
+            if unknown := expected.keys() - CHECKS.keys() - {"since", "until", "why"}:
                 raise ValueError(f"{CONTRACT_FILE.name}: {file}, {name}: unknown {sorted(unknown)}")
     return contract
 
@@ -356,7 +357,10 @@ def changes_of(name: str, expected: Expected, version: str) -> list[str]:
         version: of the vLLM that is installed.
 
     """
-    if Version(Version(version).base_version) < Version(expected.get("since", "0")):
+    installed = Version(Version(version).base_version)
+    if installed < Version(expected.get("since", "0")):
+        return []
+    if "until" in expected and installed >= Version(expected["until"]):
         return []
     try:
         return changes(resolve(name), expected)

@@ -1,20 +1,27 @@
-"""The accuracy benchmark's counting, random dropping and table; what it asks a server is not tested here."""
+"""The accuracy benchmark's settings, counting, random dropping and table, beside servers that are none."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
 
-from benchmarks.accuracy.cases import FULL, OFFLINE, SERVER
+from benchmarks.accuracy import run, served
+from benchmarks.accuracy.cases import FULL, OFFLINE, SERVER, Case, Setup
 from benchmarks.accuracy.offline import Shown, at_random, fewer_after_the_choice, reading_order
 from benchmarks.accuracy.questions import CUT, Asked, counts, difference, held_out, shares
 from benchmarks.accuracy.report import insert, plot, result, summary, table, tokens_per_layer
+from benchmarks.accuracy.settings import Setting, compared, offering
+from benchmarks.vllm_server import reduced
 from tools.demo_training.prompts import Prompts
+from vllm_hybrid.config import KNOWN_KEYS, HybridConfig
 from vllm_hybrid.method.token_merging import LiveTokens
+from vllm_hybrid.startup.overrides import merged
+from vllm_hybrid.tools.journal import Journal
 
 
 def _asked(picture: int, task: str, answer: str) -> Asked:
@@ -60,6 +67,155 @@ def test_difference_is_of_the_headline_and_its_interval_is_over_pictures() -> No
     assert mean == pytest.approx(-1 / 3)
     assert half == pytest.approx(1.96 * math.sqrt(2 * ((2 / 3) ** 2 + (2 / 3) ** 2)) / 3)
     assert difference([_asked(0, "count", "one")], ["one"], ["two"]) == (0, math.inf)
+
+
+# ---- settings as levels ---------------------------------------------------------------------------
+
+STORED = {
+    "levels": {
+        "low": {"thresholds": [0.5, None], "fastv_ratio": 0.5},
+        "mid": {"thresholds": [0.7, 0.8], "fastv_ratio": 0.25},
+        "few": {"fastv_ratio": 0.6},
+    },
+    "default_level": "mid",
+    "detail": {"high": "few"},
+    "fastv_layer": 3,
+    "assistant_header": [4, 5],
+}
+SETTINGS = compared(STORED, ["low", "mid", "few"], [0.5, 0.9], [0.5])
+
+
+def test_settings_have_levels_of_their_own_and_the_checkpoint_s_come_once() -> None:
+    assert [setting.level for setting in SETTINGS] == [
+        "full",
+        "merged-low",
+        "merged-mid",
+        "pruned-R-0.5",
+        "pruned-R-0.9",
+        "both-R-0.5-low",
+        "both-R-0.5-mid",
+        # The level low is merging to low with R = 0.5, which is there already.
+        "level-mid",
+        "level-few",
+    ]
+    assert SETTINGS[5:] == [
+        Setting("both, R = 0.5", "low", (0.5, None), 0.5),
+        Setting("both, R = 0.5", "mid", (0.7, 0.8), 0.5),
+        Setting("level", "mid", (0.7, 0.8), 0.25),
+        Setting("level", "few", None, 0.6),
+    ]
+
+
+def test_a_server_offers_every_setting_and_nothing_of_the_checkpoint_s() -> None:
+    override = offering(SETTINGS, STORED)
+    assert set(override) == set(KNOWN_KEYS)
+    # As the server gets it.
+    config = HybridConfig.parse(
+        merged(STORED, json.loads(json.dumps(override))), vision_layers=2, decoder_layers=8
+    )
+    assert set(config.levels.names) == {setting.level for setting in SETTINGS}
+    assert config.levels.default.name == "full" and config.fastv_layer == 3
+    assert config.fastv_rank == "prompt_end" and config.assistant_header == ()
+    for setting in SETTINGS:
+        level = config.levels.of_detail(setting.level)
+        assert (level.thresholds, level.fastv_ratio) == (setting.thresholds, setting.ratio)
+    ranked = offering(SETTINGS, STORED, {"fastv_rank": "turn_end", "assistant_header": [9]})
+    config = HybridConfig.parse(merged(STORED, ranked), vision_layers=2, decoder_layers=8)
+    assert config.ranking_header == (9,)
+
+
+METRICS = """\
+# TYPE vllm_hybrid:images_total counter
+vllm_hybrid:images_total{level="full"} 3.0
+vllm_hybrid:images_total{level="merged-low"} 4.0
+# TYPE vllm_hybrid:live_tokens_total counter
+vllm_hybrid:live_tokens_total{level="merged-low"} 400.0
+# TYPE vllm_hybrid:kept_tokens_total counter
+vllm_hybrid:kept_tokens_total{level="merged-low"} 200.0
+"""
+
+
+class _Server:
+    """A server that was started."""
+
+    started: list[dict[str, Any]] = []
+    ended = 0
+    url = "http://nowhere"
+
+    def __init__(self, checkpoint: Path, log: Path, overrides: dict[str, Any], options: list[str]) -> None:
+        _Server.started.append(overrides["hybrid"])
+
+    def reduced(self, level: str) -> dict[str, float]:
+        return reduced(METRICS, level)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _Server.ended += 1
+
+
+class _Client:
+    """Asks nobody."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def answer(self, question: Asked, level: str) -> str:
+        return f"{level} {question.answer}"
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    """Two settings beside the full one, with servers that are none."""
+    monkeypatch.setattr(served, "VllmServer", _Server)
+    monkeypatch.setattr(served, "_Client", _Client)
+    monkeypatch.setattr(_Server, "started", [])
+    monkeypatch.setattr(_Server, "ended", 0)
+    (tmp_path / "config.json").write_text(json.dumps({"hybrid": STORED}))
+    return Setup(tmp_path, [], ASKED, "float32", tmp_path / "log", ["low"], [0.9], [])
+
+
+def test_a_server_starts_when_it_is_asked_and_counts_by_level(setup: Setup) -> None:
+    with setup.server():
+        pass
+    assert _Server.started == []
+    with setup.server() as server:
+        answers, live, kept = server.answers("merged-low", ASKED)
+        assert answers == [f"merged-low {question.answer}" for question in ASKED] and (live, kept) == (
+            100,
+            50,
+        )
+        server.answers("merged-low", ASKED[:1])
+        assert len(_Server.started) == 1 and _Server.ended == 0
+    assert _Server.ended == 1
+
+
+def test_a_run_that_was_cut_off_goes_on_with_one_server(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    cut: list[bool] = []
+
+    class Cut(Exception):
+        pass
+
+    def answers(self: object, level: str, questions: list[Asked]) -> tuple[list[str], float, float]:
+        if level == "pruned-R-0.9" and not cut:
+            cut.append(True)
+            raise Cut
+        asked.append(level)
+        return RIGHT, 576.0, 576.0
+
+    monkeypatch.setattr(served.LevelServer, "answers", answers)
+    monkeypatch.setattr(run, "offline", lambda _: [Case(FULL, "all", OFFLINE, lambda: (RIGHT, 576, 576))])
+    file = tmp_path / "journal"
+    with pytest.raises(Cut):
+        run.measure(setup, Journal(file, "work"))
+    assert asked == ["full", "merged-low"]
+    results = run.measure(setup, Journal(file, "work"))
+    # What was known is not asked again.
+    assert asked == ["full", "merged-low", "pruned-R-0.9", "level-low"]
+    assert [each["where"] for each in results] == [SERVER] * 4 + [OFFLINE]
 
 
 # ---- what is shown --------------------------------------------------------------------------------

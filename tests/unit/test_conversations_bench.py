@@ -4,31 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.accuracy.cases import FULL
+from benchmarks.accuracy.cases import Found, Setup
 from benchmarks.accuracy.conversations import (
-    PRUNED,
     Answers,
     Questions,
-    Setting,
     asks_for_other,
     offline_table,
+    ranks,
     results,
     served_table,
+    speak,
     summary,
     talks,
 )
 from benchmarks.accuracy.offline import OfflineModel, Shown, answer_ranked, mean_over_copies, unmerged
 from benchmarks.accuracy.questions import Asked, after, held_out
+from benchmarks.accuracy.settings import MERGED, PRUNED, Setting
 from tests.support.reference import Reference
 from tests.support.tiny_checkpoints import conversation, decided_images, make_images, pick_thresholds, prompt
 from vllm_hybrid.config import PROMPT_END, TURN_END
 from vllm_hybrid.demo.tokenizer import IMAGE_ID, write_tokenizer
+from vllm_hybrid.levels import FULL
+from vllm_hybrid.tools.journal import Journal
 
 
 def _asked(picture: int, task: str, text: str, cells: tuple[int, ...] = ()) -> Asked:
@@ -103,21 +106,53 @@ def test_who_ranks() -> None:
     assert [asked for _, asked in ranked[3:]] == questions.later
 
 
-def test_sections_name_what_ranks_where_something_is_dropped() -> None:
-    own = {"fastv_layer": 2, "fastv_ratio": 0.5, "assistant_header": [7]}
-    assert Setting(FULL, "all").section(own, "") is None
-    assert Setting("merged", "low", (0.5,)).section(own, "") == {
-        "thresholds": (0.5,),
-        "fastv_layer": 2,
-        "fastv_ratio": 0.0,
-    }
-    assert Setting(PRUNED, "R", None, 0.9).section(own, TURN_END) == {
-        "thresholds": None,
-        "fastv_layer": 2,
-        "fastv_ratio": 0.9,
-        "fastv_rank": TURN_END,
-        "assistant_header": [7],
-    }
+# ---- what is served -------------------------------------------------------------------------------
+
+
+class _Servers:
+    """What stands in for a setup: two settings, and servers that answer with what they are asked for."""
+
+    section = {"assistant_header": [7]}
+    settings = [
+        Setting(FULL, "all patches"),
+        Setting(MERGED, "low", (0.5,)),
+        Setting(PRUNED, "R = 0.5", None, 0.5),
+        Setting(PRUNED, "R = 0.9", None, 0.9),
+    ]
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.ranking: dict[str, Any] = {}
+
+    def server(self, ranking: dict[str, Any]) -> Self:
+        self.ranking = ranking
+        return self
+
+    def answers(self, level: str, asked: list[Asked]) -> Found:
+        self.asked.append((self.ranking["fastv_rank"], level))
+        return [f"{level} {question.text}" for question in asked], 576.0, 288.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ranking = {}
+
+
+def test_what_is_served_is_asked_of_one_server_for_each_rank(tmp_path: Path) -> None:
+    servers: Any = _Servers()
+    setup: Setup = servers
+    full, merged, _, pruned = setup.settings
+    assert ranks(full) == ranks(merged) == ("",) and ranks(pruned) == (PROMPT_END, TURN_END)
+    questions = Questions.of(talks(ALL), _Tokenizer())
+    file = tmp_path / "journal"
+    found = speak(setup, questions, [0.9], Journal(file, "work"))
+    assert servers.asked == [(PROMPT_END, FULL), (PROMPT_END, pruned.level), (TURN_END, pruned.level)]
+    assert list(found) == [(full, ""), (pruned, PROMPT_END), (pruned, TURN_END)]
+    assert found[full, ""] == [f"full {turn.text}" for turn in questions.spoken]
+    # Cut off and begun again, nothing is asked twice.
+    servers.asked.clear()
+    assert speak(setup, questions, [0.9], Journal(file, "work")) == found and servers.asked == []
 
 
 # ---- what is shown --------------------------------------------------------------------------------

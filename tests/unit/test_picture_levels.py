@@ -130,7 +130,7 @@ def test_what_means_no_level_is_the_client_s_mistake(
 ) -> None:
     with pytest.raises(VLLMValidationError, match=sentence) as refused:
         chosen(["a", "b"], said=said)
-    assert (refused.value.parameter, refused.value.value) == (parameter, value)
+    assert (refused.value.parameter, refused.value.value) == (parameter, repr(value))
     for name in LEVELS.names:
         assert name in str(refused.value)
 
@@ -345,7 +345,7 @@ def test_a_detail_inside_goes_before_the_part_s() -> None:
 def test_hooks_that_are_installed_twice_are_there_once() -> None:
     def hooks() -> list[Any]:
         trackers = chat_utils.MultiModalItemTracker, chat_utils.AsyncMultiModalItemTracker
-        parse = chat_utils._parse_chat_message_content_part
+        parse = getattr(*details._part_parser(chat_utils))
         return [parse, OnlineRenderer.preprocess_chat, *(tracker.resolve_items for tracker in trackers)]
 
     before = hooks()
@@ -363,20 +363,23 @@ def test_hooks_that_are_installed_twice_are_there_once() -> None:
         (SimpleNamespace(vllm_xargs={REQUEST_LEVEL: "low"}), "low"),
         (SimpleNamespace(vllm_xargs={"other": 1}), None),
         (SimpleNamespace(vllm_xargs=None), None),
+        # Of requests without such a field vLLM keeps whatever comes under that name.
+        (SimpleNamespace(vllm_xargs="low"), None),
         # Requests of other kinds have no such field.
         (SimpleNamespace(), None),
     ],
 )
 def test_a_chat_request_s_prompt_says_the_level_that_it_asks_for(
-    monkeypatch: pytest.MonkeyPatch, asked: Any, said: str | None
+    ours: InputProcessor, monkeypatch: pytest.MonkeyPatch, asked: Any, said: str | None
 ) -> None:
     async def preprocess_chat(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         return [args, kwargs], [{"type": "multimodal"}, {"type": "token"}]
 
     monkeypatch.setattr(OnlineRenderer, "preprocess_chat", preprocess_chat)
     picture_levels.install()
-    found, prompts = asyncio.run(OnlineRenderer.preprocess_chat(SimpleNamespace(), asked, 1, two=2))
-    assert found == [(1,), {"two": 2}]
+    renderer = SimpleNamespace(model_config=ours.model_config)
+    found, prompts = asyncio.run(OnlineRenderer.preprocess_chat(renderer, asked, [], 1, two=2))
+    assert found == [([], 1), {"two": 2}]
     assert prompts == [{"type": "multimodal"} | ({REQUEST_LEVEL: said} if said else {}), {"type": "token"}]
 
 

@@ -73,6 +73,7 @@ EXPECTED: dict[str, dict[str, dict[str, Any]]] = {
         "vllm.fake.Base._hook": {"takes": "self, request, *, budget=..."},
         "vllm.fake.make": {"called": "first, second, *, third"},
         "vllm.fake.later": {"since": "2.0"},
+        "vllm.fake.earlier": {"until": "1.0"},
     }
 }
 

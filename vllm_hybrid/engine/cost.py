@@ -42,7 +42,7 @@ class KVBytes:
 
 def cost_of(
     request: Request,
-    live: Mapping[int, int],
+    live: Mapping[int, int | None],
     levels: Levels,
     managers: Sequence[TierManager],
     kv_bytes: KVBytes,
@@ -51,14 +51,15 @@ def cost_of(
 
     Args:
         request: the request, whose blocks it still holds.
-        live: live tokens of its images by number, of those for which they are known.
+        live: live tokens of its images by number, None where they are not known.
         levels: the model's.
         managers: of all tiers, in the order of ``kv_bytes``.
         kv_bytes: bytes of keys and values.
 
     Returns:
         ``images``: of each its level, its positions, and how many live and kept tokens it has.
-        ``kv_bytes``: of the blocks that the request holds, shared ones among them. ``kv_bytes_full``: of the
+        ``kv_bytes``: of the blocks that the request holds, shared ones among them; None where it holds none
+        any more, because it ends while it is preempted. ``kv_bytes_full``: of the
         blocks of :data:`DEFAULT_BLOCK_SIZE` positions in which the full model would hold it.
 
     """
@@ -76,6 +77,6 @@ def cost_of(
     full_blocks = -(-positions // DEFAULT_BLOCK_SIZE)
     return {
         "images": images,
-        "kv_bytes": sum(n * size for n, size in zip(held, kv_bytes.of_block, strict=True)),
+        "kv_bytes": sum(n * size for n, size in zip(held, kv_bytes.of_block, strict=True)) or None,
         "kv_bytes_full": full_blocks * DEFAULT_BLOCK_SIZE * kv_bytes.of_position,
     }

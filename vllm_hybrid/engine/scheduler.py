@@ -398,7 +398,12 @@ class HoleReclaim(_Scheduler):
                     output.kv_transfer_params = self._cost(request)
 
     def _cost(self, request: Request) -> dict[str, Any]:
-        live = self.given_back.get(request.request_id, {})
+        known = self.given_back.get(request.request_id, {})
+        # A request that ends while it is preempted has given everything back.
+        live = {
+            number: known.get(number, self.live_counts.get(feature.identifier))
+            for number, feature in enumerate(request.mm_features)
+        }
         managers = self.kv_cache_manager.coordinator.single_type_managers
         return {COST: cost_of(request, live, self.hybrid.levels, managers, self.kv_bytes)}
 

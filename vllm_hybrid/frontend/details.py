@@ -10,7 +10,12 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from vllm.config import ModelConfig
+from vllm.exceptions import VLLMValidationError
+
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE
+from vllm_hybrid.levels import Level, Levels, shortened
+from vllm_hybrid.startup.settings import hybrid_config
 
 # Key of the details beside the uuids of a prompt's pictures, and of the processed prompt.
 DETAILS = "vllm_hybrid_details"
@@ -40,6 +45,27 @@ def _part_parser(chat_utils: Any) -> tuple[Any, str]:
     if hasattr(chat_utils, "chat_message"):
         return chat_utils.chat_message, "parse_chat_message_content_part"
     return chat_utils, "_parse_chat_message_content_part"
+
+
+def levels_of(model_config: ModelConfig) -> Levels | None:
+    """The levels of a model; None where nothing is reduced, or the model is not ours."""
+    if model_config.architecture != ARCHITECTURE:
+        return None
+    hybrid = hybrid_config(model_config.hf_config)
+    return hybrid.levels if hybrid.active else None
+
+
+def level_of_detail(levels: Levels, detail: object) -> Level:
+    """The level that a picture's detail means.
+
+    Raises:
+        VLLMValidationError: it means none; the sentence lists what may be said.
+
+    """
+    try:
+        return levels.of_detail(detail)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter="detail", value=shortened(detail)) from None
 
 
 def detail_of(part: Any) -> Any:
@@ -97,8 +123,17 @@ def _telling_details_async(resolve_items: Callable[[Any], Any]) -> Callable[[Any
 
 
 def _with_details(tracker: Any, uuids: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The uuids of a conversation's pictures, with the details that were noted beside them."""
+    """The uuids of a conversation's pictures, with the details that were noted beside them.
+
+    Raises:
+        VLLMValidationError: a detail means no level. The pictures are not processed yet, so that no cache
+            knows them, and a stream can still be refused as a whole.
+
+    """
     details = _noted.pop(tracker, [])
-    if uuids is None or all(detail is None for detail in details):
+    levels = levels_of(tracker.model_config)
+    if uuids is None or levels is None or all(detail is None for detail in details):
         return uuids
+    for detail in details:
+        level_of_detail(levels, detail)
     return {**uuids, DETAILS: details}

@@ -19,8 +19,8 @@ from vllm.multimodal.inputs import (
 )
 from vllm.v1.engine import EngineCoreRequest
 
-from vllm_hybrid.frontend.details import DETAILS
-from vllm_hybrid.levels import REQUEST_LEVEL, Level, Levels
+from vllm_hybrid.frontend.details import DETAILS, level_of_detail, levels_of
+from vllm_hybrid.levels import REQUEST_LEVEL, Level, Levels, shortened
 
 # The model's argument that carries the number of each picture's level.
 LEVEL_NUMBER = "hybrid_level_number"
@@ -33,19 +33,27 @@ def install() -> None:
     A beam search does not pass on what else a request says.
     """
     # Not at the top: the scheduler, which asks for levels, loads nothing of the API server.
+    from vllm.renderers.chat_utils import has_non_text_content
     from vllm.renderers.online_renderer import OnlineRenderer
 
     preprocess_chat = OnlineRenderer.preprocess_chat
     if not getattr(preprocess_chat, "says_level", False):
-        OnlineRenderer.preprocess_chat = _saying_level(preprocess_chat)
+        OnlineRenderer.preprocess_chat = _saying_level(preprocess_chat, has_non_text_content)
 
 
-def _saying_level(preprocess_chat: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    async def wrapped(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        conversation, prompts = await preprocess_chat(self, request, *args, **kwargs)
-        asked = (getattr(request, "vllm_xargs", None) or {}).get(REQUEST_LEVEL)
+def _saying_level(
+    preprocess_chat: Callable[..., Awaitable[Any]], has_pictures: Callable[[Any], bool]
+) -> Callable[..., Awaitable[Any]]:
+    async def wrapped(self: Any, request: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        said = getattr(request, "vllm_xargs", None)
+        asked = said.get(REQUEST_LEVEL) if isinstance(said, dict) else None
+        levels = levels_of(self.model_config) if asked is not None else None
+        if levels is not None and has_pictures(messages):
+            # Before any picture is fetched, and while a stream can still be refused as a whole.
+            _asked_level(levels, asked)
+        conversation, prompts = await preprocess_chat(self, request, messages, *args, **kwargs)
         for prompt in prompts:
-            if asked is not None and prompt["type"] == "multimodal":
+            if levels is not None and prompt["type"] == "multimodal":
                 prompt[REQUEST_LEVEL] = asked
         return conversation, prompts
 
@@ -76,18 +84,15 @@ def choose_levels(request: EngineCoreRequest, prompt: Any, levels: Levels) -> No
     asked = said.get(REQUEST_LEVEL) if asked is None else asked
     details = said.get(DETAILS) or [None] * len(features)
     for feature, detail in zip(features, details, strict=True):
-        level = _level(levels, asked, detail)
+        level = level_of_detail(levels, detail) if asked is None else _asked_level(levels, asked)
         feature.identifier = f"{feature.identifier}{_MARK}{level.name}"
 
 
-def _level(levels: Levels, asked: object, detail: object) -> Level:
+def _asked_level(levels: Levels, asked: object) -> Level:
     try:
-        if asked is not None:
-            return levels.asked(asked, REQUEST_LEVEL)
-        return levels.of_detail(detail)
+        return levels.asked(asked, REQUEST_LEVEL)
     except ValueError as error:
-        parameter, value = ("detail", detail) if asked is None else (REQUEST_LEVEL, asked)
-        raise VLLMValidationError(str(error), parameter=parameter, value=value) from None
+        raise VLLMValidationError(str(error), parameter=REQUEST_LEVEL, value=shortened(asked)) from None
 
 
 def level_of(identifier: str, levels: Levels) -> Level:

@@ -14,6 +14,8 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
+from vllm_hybrid.levels import shortened
+
 # The extra argument of a request that asks for its cost, in ``vllm_xargs``.
 ASKS_COST = "hybrid_cost"
 # Key of the cost in ``kv_transfer_params``.
@@ -45,11 +47,9 @@ def check_asks_cost(params: SamplingParams | None) -> None:
     """
     said = ((params.extra_args if params is not None else None) or {}).get(ASKS_COST, 0)
     if said not in (0, 1):
-        raise VLLMValidationError(
-            f"{ASKS_COST} is {said!r}; give 1 to have the response tell what it cost, or leave it out",
-            parameter=ASKS_COST,
-            value=said,
-        )
+        value = shortened(said)
+        sentence = f"{ASKS_COST} is {value}; give 1 to have the response tell what it cost, or leave it out"
+        raise VLLMValidationError(sentence, parameter=ASKS_COST, value=value)
 
 
 def _telling_cost(stream: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIterator[str]]:
@@ -64,7 +64,8 @@ def _telling_cost(stream: Callable[..., AsyncIterator[str]]) -> Callable[..., As
                     told[FIELD] = output.kv_transfer_params
                 yield output
 
-        asked = bool((getattr(request, "vllm_xargs", None) or {}).get(ASKS_COST))
+        said = getattr(request, "vllm_xargs", None)
+        asked = isinstance(said, dict) and bool(said.get(ASKS_COST))
         async for data in stream(self, request, noted() if asked else result_generator, *args, **kwargs):
             yield _with_cost(data, told) if told else data
 

@@ -153,9 +153,8 @@ def describe(hybrid: HybridConfig, overridden: Sequence[str] = ()) -> str:
     sentences = ["No merging, no pruning: vLLM's own LLaVA serves."]
     if hybrid.active:
         said = [f"without a detail: {hybrid.levels.default.name}"]
-        said += [
-            f"detail {detail}: {name}" for detail, name in hybrid.levels.details if detail in (LOW, HIGH)
-        ]
+        meant = dict(hybrid.levels.details)
+        said += [f"detail {detail}: {meant[detail]}" for detail in (LOW, HIGH) if detail in meant]
         sentences = [
             f"Levels: {', '.join(f'{level.name} {_does(level)}' for level in hybrid.levels)}.",
             f"Pictures {'; '.join(said)}.",

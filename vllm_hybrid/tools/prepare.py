@@ -154,7 +154,6 @@ def _default_level(
         file: its name.
 
     """
-    own = [name for name in levels if name not in (NAMELESS, FULL)]
     if level is not None and NAMELESS in levels:
         raise ValueError(
             f"level {level!r} was given, but no level has a name; give --thresholds with named levels, or "
@@ -164,12 +163,15 @@ def _default_level(
         return held["default_level"]
     if level is not None or NAMELESS in levels:
         return level
-    if len(own) > 1 and NAMELESS not in settings_of(held):
+    in_file, own = (
+        [name for name in of if name not in (NAMELESS, FULL)] for of in (settings_of(held), levels)
+    )
+    if len(in_file) > 1:
         raise ValueError(
             f"{file} has several levels and says of none that it is the default one; choose with --level "
             f"from {', '.join(levels)}"
         )
-    return own[0] if own else FULL
+    return (in_file or own or [FULL])[0]
 
 
 def _standing_in(levels: Mapping[str, Setting], config: Any) -> dict[str, Setting]:
