@@ -125,9 +125,9 @@ def test_blocks_are_counted() -> None:
     length = len(served.reference.prompt_ids(ask.text))
     whole = sum(math.ceil(length / m.block_size) for m in served.scheduler.tier_managers.values())
     assert grown == {
-        "images": 1,
-        "patches": PATCHES,
-        "live_tokens": live,
-        "kept_tokens": keep_count(live, 0.5),
-        "blocks_given_back": whole - sum(expected.values()),
+        "images:default": 1,
+        "patches:default": PATCHES,
+        "live_tokens:default": live,
+        "kept_tokens:default": keep_count(live, 0.5),
+        "blocks_given_back:default": whole - sum(expected.values()),
     }

@@ -25,7 +25,6 @@ import triton.backends  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
-from vllm_hybrid.frontend.details import DETAILS  # noqa: E402
 
 
 def pretend_cpu_backend() -> None:
@@ -111,6 +110,8 @@ def spoil_a_page(llm: Any, number: int) -> None:
 
 def _prompts(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Requests as vLLM's `generate` takes them."""
+    from vllm_hybrid.frontend.details import DETAILS
+
     prompts = []
     for request in requests:
         images = [Image.open(file) for file, _ in request["images"]]
