@@ -10,7 +10,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+from vllm_hybrid.errors import abbreviated
 
 # The level at which nothing is merged and nothing dropped; it always exists.
 FULL = "full"
@@ -64,18 +67,18 @@ class Levels:
     Attributes:
         all: every level, :data:`FULL` among them; a level's *number* is its place here.
         default: the level of pictures for which nothing was asked.
-        details: pairs of a ``detail`` and the name of the level it means.
+        details: pairs of a ``detail`` and the name of the level it means, every level's own name among them.
 
     """
 
     all: tuple[Level, ...] = (Level(FULL),)
     default: Level = all[0]
-    details: tuple[tuple[str, str], ...] = ()
+    details: tuple[tuple[str, str], ...] = ((FULL, FULL),)
 
     def __iter__(self) -> Iterator[Level]:
         return iter(self.all)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of all levels, in the order of their numbers."""
         return tuple(level.name for level in self.all)
@@ -134,12 +137,8 @@ class Levels:
         for said, name in self.details:
             if said == detail:
                 return self.named(name)
-        if not isinstance(detail, str) or detail not in self.names:
-            known = dict.fromkeys([AUTO, *(said for said, _ in self.details), *self.names])
-            raise ValueError(
-                f"{parameter} is {shortened(detail)}, which means no level; use {_listed(known)}"
-            )
-        return self.named(detail)
+        known = _listed([AUTO, *(said for said, _ in self.details)])
+        raise ValueError(f"{parameter} is {shortened(detail)}, which means no level; use {known}")
 
 
 def parse_levels(section: Mapping[str, Any], layers: int) -> Levels:
@@ -307,7 +306,6 @@ def _listed(names: Any) -> str:
 def shortened(value: Any) -> str:
     """A value as a sentence shows it: it may come from a request, and be long or deep."""
     try:
-        text = " ".join(repr(value).split())
+        return abbreviated(repr(value))
     except RecursionError:
-        text = type(value).__name__
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        return type(value).__name__

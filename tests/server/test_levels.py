@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 import urllib.error
@@ -17,7 +15,7 @@ from openai import BadRequestError, OpenAI
 from tests.support.engines import ServingReference, checkpoint, images, thresholds
 from tests.support.reference import AtLevel, keep_count
 from tests.support.tiny_checkpoints import PATCHES
-from tests.support.vllm_server import Server
+from tests.support.vllm_server import Server, data_url, png
 
 MODEL: dict[str, Any] = {"model": "tiny", "temperature": 0}
 LEVELS = ("low", "mid", "high", "full")
@@ -44,19 +42,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=None) as opened:
+    with server.client() as opened:
         yield opened
 
 
-def data_url(index: int) -> str:
-    buffer = io.BytesIO()
-    images(8)[index].save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def url(index: int) -> str:
+    return data_url(png(images(8)[index]))
 
 
 def picture(index: int, **more: Any) -> dict[str, Any]:
     """A picture's part of a message, with more of what OpenAI's API says of it."""
-    return {"type": "image_url", "image_url": {"url": data_url(index), **more}}
+    return {"type": "image_url", "image_url": {"url": url(index), **more}}
 
 
 def ask(client: OpenAI, *parts: dict[str, Any], **options: Any) -> Any:
@@ -132,7 +128,7 @@ def test_a_detail_beside_the_picture_and_other_names(client: OpenAI, counted: Co
 
 def test_the_responses_api(client: OpenAI, counted: Counting) -> None:
     for detail, level in (("low", "low"), ("auto", "mid"), ("original", "full")):
-        part: dict[str, Any] = {"type": "input_image", "image_url": data_url(3), "detail": detail}
+        part: dict[str, Any] = {"type": "input_image", "image_url": url(3), "detail": detail}
         text = {"type": "input_text", "text": "What is here?"}
         message: Any = [{"role": "user", "content": [part, text]}]
         client.responses.create(model="tiny", input=message, max_output_tokens=2)
@@ -144,7 +140,7 @@ def test_the_responses_api(client: OpenAI, counted: Counting) -> None:
 
 
 def test_messages_of_anthropic_s_api(server: Server, counted: Counting) -> None:
-    source = {"type": "base64", "media_type": "image/png", "data": data_url(4).partition(",")[2]}
+    source = {"type": "base64", "media_type": "image/png", "data": url(4).partition(",")[2]}
     content = [{"type": "image", "source": source}, {"type": "text", "text": "What is here?"}]
     body = {"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": content}]}
     assert post(server, "/v1/messages", body)[0] == 200
@@ -269,14 +265,14 @@ def test_what_is_not_asked_for_is_not_told(client: OpenAI) -> None:
 
 
 def test_other_apis_tell_costs_too(server: Server, client: OpenAI) -> None:
-    part: dict[str, Any] = {"type": "input_image", "image_url": data_url(3), "detail": "low"}
+    part: dict[str, Any] = {"type": "input_image", "image_url": url(3), "detail": "low"}
     message: Any = [{"role": "user", "content": [part, {"type": "input_text", "text": "What is here?"}]}]
     xargs = {"vllm_xargs": {"hybrid_cost": 1}}
     response: Any = client.responses.create(
         model="tiny", input=message, max_output_tokens=2, extra_body=xargs
     )
     assert response.kv_transfer_params["hybrid"]["images"] == expected_cost([(3, "low")])
-    source = {"type": "base64", "media_type": "image/png", "data": data_url(3).partition(",")[2]}
+    source = {"type": "base64", "media_type": "image/png", "data": url(3).partition(",")[2]}
     content = [{"type": "image", "source": source}, {"type": "text", "text": "What is here?"}]
     body = {"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": content}], **xargs}
     status, reply = post(server, "/v1/messages", body)

@@ -28,7 +28,7 @@ from tests.support.engines import (
     images,
 )
 from tests.support.tiny_checkpoints import PATCHES, prompt
-from tests.support.vllm_server import Server
+from tests.support.vllm_server import Server, data_url, png
 from vllm_hybrid import cli
 from vllm_hybrid.method.fastv import live_to_kept
 
@@ -51,18 +51,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=None) as opened:
+    with server.client() as opened:
         yield opened
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def data_url(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def ask(client: OpenAI, *urls: str, text: str = QUESTION, **options: Any) -> Any:

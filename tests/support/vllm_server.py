@@ -1,11 +1,16 @@
-"""A `vllm serve` of a tiny checkpoint, for tests."""
+"""A `vllm serve` of a tiny checkpoint, for tests, and how they talk to it."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from openai import OpenAI
+from PIL import Image
 
 from benchmarks.vllm_server import VllmServer
 
@@ -36,3 +41,19 @@ class Server(VllmServer):
 
         """
         super().__init__(checkpoint, log, {"hybrid": dict(hybrid)}, [*_OPTIONS, *options], _ENVIRONMENT)
+
+    def client(self) -> OpenAI:
+        """A client that waits as long as it takes and asks once."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=None)
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    """A picture's file as the API takes it."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -59,8 +59,8 @@ def cost_of(
     Returns:
         ``images``: of each its level, its positions, and how many live and kept tokens it has.
         ``kv_bytes``: of the blocks that the request holds, shared ones among them; None where it holds none
-        any more, because it ends while it is preempted. ``kv_bytes_full``: of the
-        blocks of :data:`DEFAULT_BLOCK_SIZE` positions in which the full model would hold it.
+        any more, because it ends while it is preempted. ``kv_bytes_full``: of the blocks of
+        :data:`DEFAULT_BLOCK_SIZE` positions in which the full model would hold it.
 
     """
     images = []

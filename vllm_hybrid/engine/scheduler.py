@@ -149,8 +149,8 @@ class HoleReclaim(_Scheduler):
         live = self.live_counts.get(filling.image)
         if live is None:
             return
+        ratio = level_of(filling.image, self.hybrid.levels).fastv_ratio
         for tier, copy in filling.copies.items():
-            ratio = level_of(filling.image, self.hybrid.levels).fastv_ratio
             used = live_to_kept(live, 0 if tier is Tier.LOWER else ratio)
             self.tier_managers[tier].settle(copy, live, filling.start, used, filling.length)
 

@@ -14,7 +14,8 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from vllm_hybrid.frontend.details import DETAILS
-from vllm_hybrid.frontend.picture_levels import REQUEST_LEVEL
+from vllm_hybrid.frontend.extra_arguments import said_to_engine
+from vllm_hybrid.levels import REQUEST_LEVEL
 
 # Key of a prompt on its way to the input processor, and of a request's extra arguments from there on.
 PROMPT_TOKENS = "vllm_hybrid_prompt_tokens"
@@ -68,6 +69,4 @@ def note_prompt_tokens(request: EngineCoreRequest, prompt: Any) -> None:
 
 def prompt_tokens(request: Request) -> int:
     """Length of a request's prompt in tokens, without what a beam search has appended to it."""
-    params = request.sampling_params
-    extra = (params.extra_args if params is not None else None) or {}
-    return int(extra.get(PROMPT_TOKENS, request.num_prompt_tokens))
+    return int(said_to_engine(request.sampling_params, PROMPT_TOKENS, request.num_prompt_tokens))

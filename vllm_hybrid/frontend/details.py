@@ -14,11 +14,13 @@ from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE
-from vllm_hybrid.levels import Level, Levels, shortened
+from vllm_hybrid.levels import AUTO, Level, Levels, shortened
 from vllm_hybrid.startup.settings import hybrid_config
 
 # Key of the details beside the uuids of a prompt's pictures, and of the processed prompt.
 DETAILS = "vllm_hybrid_details"
+# What a part of a message calls it.
+DETAIL = "detail"
 _PICTURES = ("image", "image_embeds")
 
 # The details of the conversations that are being taken apart, one for each picture.
@@ -55,17 +57,22 @@ def levels_of(model_config: ModelConfig) -> Levels | None:
     return hybrid.levels if hybrid.active else None
 
 
-def level_of_detail(levels: Levels, detail: object) -> Level:
-    """The level that a picture's detail means.
+def level_said(meaning: Callable[[object, str], Level], said: object, parameter: str) -> Level:
+    """The level that a request says.
+
+    Args:
+        meaning: gives it, :meth:`Levels.of_detail` or :meth:`Levels.asked`.
+        said: what the request says.
+        parameter: where it says so.
 
     Raises:
-        VLLMValidationError: it means none; the sentence lists what may be said.
+        VLLMValidationError: it means no level; the sentence lists what may be said.
 
     """
     try:
-        return levels.of_detail(detail)
+        return meaning(said, parameter)
     except ValueError as error:
-        raise VLLMValidationError(str(error), parameter="detail", value=shortened(detail)) from None
+        raise VLLMValidationError(str(error), parameter=parameter, value=shortened(said)) from None
 
 
 def detail_of(part: Any) -> Any:
@@ -73,17 +80,17 @@ def detail_of(part: Any) -> Any:
     if not isinstance(part, dict):
         return None
     image = part.get("image_url")
-    inside = image.get("detail") if isinstance(image, dict) else None
-    return part.get("detail") if inside is None else inside
+    inside = image.get(DETAIL) if isinstance(image, dict) else None
+    return part.get(DETAIL) if inside is None else inside
 
 
 def _without_detail(part: Any) -> Any:
     """A part as vLLM may see it: it takes no ``detail`` but OpenAI's."""
     if not isinstance(part, dict):
         return part
-    part = {**part, "detail": "auto"} if "detail" in part else part
-    if isinstance(image := part.get("image_url"), dict) and "detail" in image:
-        part = {**part, "image_url": {key: value for key, value in image.items() if key != "detail"}}
+    part = {**part, DETAIL: AUTO} if DETAIL in part else part
+    if isinstance(image := part.get("image_url"), dict) and DETAIL in image:
+        part = {**part, "image_url": {key: value for key, value in image.items() if key != DETAIL}}
     return part
 
 
@@ -131,9 +138,11 @@ def _with_details(tracker: Any, uuids: dict[str, Any] | None) -> dict[str, Any] 
 
     """
     details = _noted.pop(tracker, [])
+    if uuids is None or all(detail is None for detail in details):
+        return uuids
     levels = levels_of(tracker.model_config)
-    if uuids is None or levels is None or all(detail is None for detail in details):
+    if levels is None:
         return uuids
     for detail in details:
-        level_of_detail(levels, detail)
+        level_said(levels.of_detail, detail, DETAIL)
     return {**uuids, DETAILS: details}

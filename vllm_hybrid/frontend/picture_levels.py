@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
     MultiModalFeatureSpec,
@@ -19,8 +18,9 @@ from vllm.multimodal.inputs import (
 )
 from vllm.v1.engine import EngineCoreRequest
 
-from vllm_hybrid.frontend.details import DETAILS, level_of_detail, levels_of
-from vllm_hybrid.levels import REQUEST_LEVEL, Level, Levels, shortened
+from vllm_hybrid.frontend.details import DETAIL, DETAILS, level_said, levels_of
+from vllm_hybrid.frontend.extra_arguments import said_to_engine, said_to_server
+from vllm_hybrid.levels import REQUEST_LEVEL, Level, Levels
 
 # The model's argument that carries the number of each picture's level.
 LEVEL_NUMBER = "hybrid_level_number"
@@ -45,12 +45,11 @@ def _saying_level(
     preprocess_chat: Callable[..., Awaitable[Any]], has_pictures: Callable[[Any], bool]
 ) -> Callable[..., Awaitable[Any]]:
     async def wrapped(self: Any, request: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        said = getattr(request, "vllm_xargs", None)
-        asked = said.get(REQUEST_LEVEL) if isinstance(said, dict) else None
+        asked = said_to_server(request, REQUEST_LEVEL)
         levels = levels_of(self.model_config) if asked is not None else None
         if levels is not None and has_pictures(messages):
             # Before any picture is fetched, and while a stream can still be refused as a whole.
-            _asked_level(levels, asked)
+            level_said(levels.asked, asked, REQUEST_LEVEL)
         conversation, prompts = await preprocess_chat(self, request, messages, *args, **kwargs)
         for prompt in prompts:
             if levels is not None and prompt["type"] == "multimodal":
@@ -78,21 +77,16 @@ def choose_levels(request: EngineCoreRequest, prompt: Any, levels: Levels) -> No
     features = request.mm_features
     if not features:
         return
-    params = request.sampling_params
-    asked = ((params.extra_args if params is not None else None) or {}).get(REQUEST_LEVEL)
+    asked = said_to_engine(request.sampling_params, REQUEST_LEVEL)
     said = prompt if isinstance(prompt, dict) else {}
     asked = said.get(REQUEST_LEVEL) if asked is None else asked
     details = said.get(DETAILS) or [None] * len(features)
     for feature, detail in zip(features, details, strict=True):
-        level = level_of_detail(levels, detail) if asked is None else _asked_level(levels, asked)
+        if asked is None:
+            level = level_said(levels.of_detail, detail, DETAIL)
+        else:
+            level = level_said(levels.asked, asked, REQUEST_LEVEL)
         feature.identifier = f"{feature.identifier}{_MARK}{level.name}"
-
-
-def _asked_level(levels: Levels, asked: object) -> Level:
-    try:
-        return levels.asked(asked, REQUEST_LEVEL)
-    except ValueError as error:
-        raise VLLMValidationError(str(error), parameter=REQUEST_LEVEL, value=shortened(asked)) from None
 
 
 def level_of(identifier: str, levels: Levels) -> Level:

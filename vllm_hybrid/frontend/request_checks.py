@@ -13,6 +13,7 @@ from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFeatureSpec
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from vllm_hybrid.errors import abbreviated
 from vllm_hybrid.startup.settings import num_patches
 
 # Sampling parameters that ask for scores of prompt rows.
@@ -127,7 +128,8 @@ def check_scores(params: SamplingParams) -> None:
     """
     for name in PROMPT_SCORES:
         if (asked := getattr(params, name)) is not None:
-            value = _short(asked)
+            # They may be asked for by thousands of numbers.
+            value = abbreviated(str(asked))
             sentence = (
                 f"{name}={value} is not supported with reduced image tokens, because dropped rows "
                 "have no log-probabilities; leave it out"
@@ -186,9 +188,3 @@ def _check_data(data: MultiModalKwargsItem, image: ImageInput) -> None:
 
 def _refusal(parameter: str, value: Any, sentence: str) -> VLLMValidationError:
     return VLLMValidationError(sentence, parameter=parameter, value=value)
-
-
-def _short(value: Any) -> str:
-    """A value as a sentence shows it: scores may be asked for by thousands of numbers."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -14,6 +14,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
+from vllm_hybrid.frontend.extra_arguments import said_to_engine, said_to_server
 from vllm_hybrid.levels import shortened
 
 # The extra argument of a request that asks for its cost, in ``vllm_xargs``.
@@ -35,7 +36,7 @@ def install() -> None:
 
 def asks_cost(params: SamplingParams | None) -> bool:
     """Whether a request asks for its cost."""
-    return bool(((params.extra_args if params is not None else None) or {}).get(ASKS_COST))
+    return bool(said_to_engine(params, ASKS_COST))
 
 
 def check_asks_cost(params: SamplingParams | None) -> None:
@@ -45,7 +46,7 @@ def check_asks_cost(params: SamplingParams | None) -> None:
         VLLMValidationError: the value is neither 0 nor 1, false nor true.
 
     """
-    said = ((params.extra_args if params is not None else None) or {}).get(ASKS_COST, 0)
+    said = said_to_engine(params, ASKS_COST, 0)
     if said not in (0, 1):
         value = shortened(said)
         sentence = f"{ASKS_COST} is {value}; give 1 to have the response tell what it cost, or leave it out"
@@ -64,8 +65,7 @@ def _telling_cost(stream: Callable[..., AsyncIterator[str]]) -> Callable[..., As
                     told[FIELD] = output.kv_transfer_params
                 yield output
 
-        said = getattr(request, "vllm_xargs", None)
-        asked = isinstance(said, dict) and bool(said.get(ASKS_COST))
+        asked = bool(said_to_server(request, ASKS_COST))
         async for data in stream(self, request, noted() if asked else result_generator, *args, **kwargs):
             yield _with_cost(data, told) if told else data
 
