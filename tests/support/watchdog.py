@@ -1,17 +1,18 @@
 """A pytest plugin that ends a run that hangs and says where, and gives one that makes progress all its time.
 
-Progress is processor time, used or waited for (a busy machine gives little), of the process and of all it
-started: the programs and servers of a test count. A run hangs when all of them together wanted less than
-`SHARE` of one core for `stall_seconds` (600, unless the ini file or `-o` says otherwise). Then the stacks of
-the process are written, Python processes below it are told to write theirs and end (`faulthandler`; what they
-write goes where their test sent it), and the run stops. A test that waits for such a process fails with what
-that said; one that does not end even so is ended with the run.
+Progress is processor time of the process and of all it started: the programs and servers of a test count. A
+run hangs when all of them together used less than `SHARE` of one core for `stall_seconds` (600, unless the
+ini file or `-o` says otherwise), in which no thread stood ready for a core or waited for a disk: a busy
+machine takes nothing from the time that a test has. Then the stacks of the process are written, Python
+processes below it are told to write theirs and end (`faulthandler`; what they write goes where their test
+sent it), and the run stops. A test that waits for such a process fails with what that said; one that does not
+end even so is ended with the run.
 
 With pytest-xdist a worker that hangs says so once the others stand still too: it may wait for one of them.
 The process that leads them watches as well.
 
 What it does not see: a loop that polls or spins, as ranks do that wait for each other. Tests bound such loops
-by steps. What it takes for a hang: to wait that long for another machine, a person or a disk.
+by steps. What it takes for a hang: to wait that long for another machine or a person.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 
-# Of one core. An idle `vllm serve` uses 0.013, and what computes wants all of it.
+# Of one core. An idle `vllm serve` uses 0.013, and what computes uses all of it.
 SHARE = 0.05
 # How often the window is looked at while it passes.
 LOOKS = 40
@@ -55,38 +57,52 @@ class ProcessTree:
         """All processes below the first."""
         return self._root.children(recursive=True)
 
-    def wanted_s(self) -> float:
-        """Seconds of processor time that they have used or waited for, without those of watchdogs."""
-        total = 0.0
+    def use(self) -> tuple[float, bool]:
+        """What they have done and would do now, without the threads of watchdogs.
+
+        A watchdog is left out because several may watch one tree: each would find the others at work.
+
+        Returns:
+            Seconds of processor time so far; whether a thread stands ready for a core or waits for a disk.
+
+        """
+        used_s, wants = 0.0, False
         for process in [self._root, *self.descendants()]:
             with contextlib.suppress(psutil.Error):
                 # The last two are of children that have ended.
-                total += sum(process.cpu_times()[:4]) + sum(map(_beside_s, _threads(process.pid)))
-        return total
+                used_s += sum(process.cpu_times()[:4])
+            for thread in _threads(process.pid):
+                if thread.name == THREAD_NAME:
+                    used_s -= thread.used_s
+                else:
+                    wants |= thread.state in ("R", "D")
+        return used_s, wants
 
 
-def _threads(pid: int) -> Iterator[Path]:
-    yield from Path(f"/proc/{pid}/task").glob("*")
+class Thread(NamedTuple):
+    """A thread as the kernel describes it (`proc_pid_stat(5)`)."""
+
+    name: str
+    state: str
+    used_s: float
 
 
-def _beside_s(thread: Path) -> float:
-    """What a thread adds to the seconds that its process has used.
-
-    That is how long it stood ready and had no core. A watchdog takes away what it used itself: several may
-    watch one tree, and each would find the others at work. 0 where the kernel does not say.
-    """
-    with contextlib.suppress(OSError):
-        used, waited, _ = map(int, (thread / "schedstat").read_text().split())
-        watches = (thread / "comm").read_text().strip() == THREAD_NAME
-        return (-used if watches else waited) / 1e9
-    return 0.0
+def _threads(pid: int) -> Iterator[Thread]:
+    for file in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            # A name may hold blanks and brackets.
+            head, _, rest = file.read_text().rpartition(")")
+            fields = rest.split()
+            ticks = int(fields[11]) + int(fields[12])
+            yield Thread(head.partition("(")[2], fields[0], ticks / os.sysconf("SC_CLK_TCK"))
 
 
 class StallClock:
-    """Says when a process tree has wanted next to no processor time for a while.
+    """Says when a process tree has used next to no processor time for a while.
 
-    Time in which the watching itself was kept from looking counts for two looks at most: a machine that was
-    suspended or is overloaded takes nothing from the time that a test has.
+    Its time goes on by looks that came when they were to come and found nobody in want of a core or a disk.
+    A look that is late had to wait for a core, for the interpreter's lock (whoever holds that computes) or
+    for a suspended machine: such time is not held against a test.
     """
 
     def __init__(self, stall_s: float, looks: int = LOOKS) -> None:
@@ -98,26 +114,28 @@ class StallClock:
         """Begin a new window."""
         self._looks: deque[tuple[float, float]] = deque()
 
-    def stalled(self, elapsed_s: float, wanted_s: float) -> bool:
+    def stalled(self, waited_s: float, used_s: float, wants: bool = False) -> bool:
         """Take in a look.
 
         Args:
-            elapsed_s: seconds since the last look.
-            wanted_s: all processor time so far, used or waited for.
+            waited_s: seconds that a wait for `look_s` took.
+            used_s: all processor time so far.
+            wants: whether a thread stands ready for a core or waits for a disk.
 
         Returns:
-            Whether the last `stall_s` seconds passed with less than `SHARE` of a core wanted.
+            Whether `stall_s` seconds passed with less than `SHARE` of a core used.
 
         """
         # A test that begins meanwhile begins another window.
         looks = self._looks
-        now = (looks[-1][0] if looks else 0.0) + min(elapsed_s, 2 * self.look_s)
-        looks.append((now, wanted_s))
+        in_time = waited_s < self.look_s + sys.getswitchinterval()
+        now = (looks[-1][0] if looks else 0.0) + (self.look_s if in_time and not wants else 0.0)
+        looks.append((now, used_s))
         while len(looks) > 1 and now - looks[1][0] >= self.stall_s:
             looks.popleft()
         since, before = looks[0]
         # Less than before: a process has left the tree, so something happened.
-        return now - since >= self.stall_s and abs(wanted_s - before) < SHARE * self.stall_s
+        return now - since >= self.stall_s and abs(used_s - before) < SHARE * self.stall_s
 
 
 class Watchdog:
@@ -165,19 +183,19 @@ class Watchdog:
             Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(THREAD_NAME)
         before = time.monotonic()
         while not self._stopped.wait(self._clock.look_s):
-            now = time.monotonic()
-            wanted_s = self._watched.wanted_s()
+            waited_s = time.monotonic() - before
+            used_s, wants = self._watched.use()
             if not (self._always or self._test):
                 self._clock.restart()
-            elif self._clock.stalled(now - before, wanted_s):
+            elif self._clock.stalled(waited_s, used_s, wants):
                 self._end()
                 return
-            before = now
+            before = time.monotonic()
 
     def _end(self) -> None:
         test = self._test
         self._say(
-            f"\n\nwatchdog: {test or 'the run'} hangs: all its processes together wanted less than "
+            f"\n\nwatchdog: {test or 'the run'} hangs: all its processes together used less than "
             f"{SHARE:.0%} of a core for {self._clock.stall_s:g} s.\n\nStacks of process {os.getpid()}:\n"
         )
         faulthandler.dump_traceback(self._stderr, all_threads=True)
@@ -192,13 +210,11 @@ class Watchdog:
     def _comes_true(self, wanted: Callable[[], bool]) -> bool:
         """Wait for something as long as there is progress; returns whether it came."""
         clock = StallClock(min(self._clock.stall_s, GRACE_S))
-        before = time.monotonic()
         while not wanted():
+            before = time.monotonic()
             time.sleep(clock.look_s)
-            now = time.monotonic()
-            if clock.stalled(now - before, self._tree.wanted_s()):
+            if clock.stalled(time.monotonic() - before, *self._tree.use()):
                 return wanted()
-            before = now
         return True
 
     def _end_descendants(self) -> None:

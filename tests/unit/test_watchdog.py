@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
-from tests.support.watchdog import EXIT_CODE, SHARE, StallClock
+from tests.support.watchdog import EXIT_CODE, SHARE, ProcessTree, StallClock
 
-# Runs that are to hang lose no more than this; the others have to want a core now and then for as long.
+# Runs that are to hang lose no more than this; the others have to use a core now and then for as long.
 STALL_S, WORKING_STALL_S = 4, 5
 
 WAITS_FOR_EVER = """
@@ -165,6 +166,26 @@ def test_a_stall_is_a_window_with_next_to_no_processor_time() -> None:
     assert [clock.stalled(10, seconds) for seconds in used].index(True) == 15
 
 
-def test_time_in_which_nobody_could_look_is_not_held_against_a_test() -> None:
+def test_time_without_a_core_is_not_held_against_a_test() -> None:
     clock = StallClock(100.0, looks=10)
-    assert [clock.stalled(3600, 0.0) for _ in range(6)] == [False] * 5 + [True]
+    # A look is late where another thread holds the interpreter's lock, and much later on a busy machine.
+    assert not any(clock.stalled(10 + 2 * sys.getswitchinterval(), 0.0) for _ in range(50))
+    assert not any(clock.stalled(10, 0.0, wants=True) for _ in range(50))
+    # Nor does it make a hang of what was one before.
+    assert [clock.stalled(10, 0.0) for _ in range(10)] == [False] * 9 + [True]
+
+
+@pytest.mark.parametrize(("code", "wants"), [("while True: pass", True), ("threading.Event().wait()", False)])
+def test_who_computes_wants_a_core_and_who_waits_does_not(code: str, wants: bool) -> None:
+    command = [sys.executable, "-c", f"import threading\nprint(flush=True)\n{code}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        tree = ProcessTree(process.pid)
+        try:
+            # One that is to wait has a few steps to go until it does; one that computes always would.
+            while tree.use()[1] and not wants:
+                time.sleep(0.01)
+            assert [tree.use()[1] for _ in range(20)] == [wants] * 20
+        finally:
+            process.kill()
