@@ -240,3 +240,60 @@ def check_later_steps(world: World, ops: Ops) -> None:
         wanted = reference.vtu_attention(query[own], key[own], value[own], positions, THETA)
         stretch = slice(starts[number], starts[number + 1])
         torch.testing.assert_close(out[stretch], wanted[-later[request] :], atol=2e-5, rtol=1e-4)
+
+
+def decode_step(world: World, plan: RowPlan, unwritten: Tensor) -> interface.DecodeStep:
+    """The step that brings each request's last position, which is text, as one row.
+
+    Args:
+        world: the requests.
+        plan: of all rows.
+        unwritten: bool [rows of plan], rows whose facts and keys are not in the pages yet: the last ones.
+
+    """
+    block, offset = world.slots(plan)
+    slots = (block * world.block_size + offset)[unwritten]
+    requests = len(world.lengths)
+    return interface.DecodeStep(
+        row_plan=row_plan.plan_text_rows(requests),
+        positions=torch.tensor(world.lengths) - 1,
+        query_start_loc_cpu=list(range(requests + 1)),
+        query_start_loc=torch.arange(requests + 1, dtype=torch.int32),
+        facts=world.facts,
+        block_table=world.table,
+        seq_lens=torch.tensor(world.lengths).int(),
+        slots=slots,
+        patches=PATCHES,
+        kv_rows_per_block=world.step,
+    )
+
+
+def check_decodes(world: World, ops: Ops, dtype: torch.dtype = torch.float32) -> None:
+    """A step of decodes alone, planned at once: everything but the last rows was there before."""
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
+    query, key, value = (x.to(dtype) for x in random_rows(world, plan.rows.shape[0]))
+    world.rows = world.rows.to(dtype)
+    last = torch.tensor(world.query_start_loc_cpu[1:]) - 1
+    new = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
+    new[plan.row_of[last]] = True
+    stale = world.facts.clone()
+    where = world.store(plan, key, value, ops)
+    block, offset = (x[new] for x in world.slots(plan))
+    world.facts[block, offset] = stale[block, offset]
+    world.rows[where[new]] = 1e9
+    foreign = torch.ones(len(world.lengths), dtype=torch.bool)
+    attention = ops.plan_decodes(decode_step(world, plan, new), foreign)
+    assert attention is not None and not foreign.any()
+    assert not world.facts[block, offset, page_facts.START].any()
+    rotated = interface.rotate(key[new], world.cos_sin_cache[world.positions[last]]).to(dtype)
+    assert torch.equal(attention.batch.kv_row_index, where[new])
+    ops.write_pages(rotated, value[new], world.rows, attention.batch.kv_row_index)
+    given = interface.rotate(query[new], world.cos_sin_cache[world.positions[last]]).to(dtype)
+    out = torch.full_like(given, torch.nan)
+    ops.attend(given, world.rows, attention, world.cos_sin_cache, world.scale, out)
+    close = {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.06, "rtol": 0}
+    for request in range(len(world.lengths)):
+        rows, positions = world.members(plan, request)
+        q, k, v = (x[rows].float() for x in (query, key, value))
+        wanted = reference.vtu_attention(q, k, v, positions, THETA)
+        torch.testing.assert_close(out[request].float(), wanted[-1], **close)

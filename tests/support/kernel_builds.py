@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from tests.support.paths import ROOT
-from vllm_hybrid.attention.interface import RankingQuery, TierBatch
+from vllm_hybrid.attention.interface import DecodeStep, RankingQuery, TierBatch
 from vllm_hybrid.kv.page_facts import fact_words
 from vllm_hybrid.method.row_plan import plan_text_rows
 
@@ -176,19 +176,38 @@ def attend(heads: Heads, dtype: torch.dtype, requests: int, tokens: int) -> None
     facts = torch.zeros(2, BLOCK_SIZE, fact_words(PATCHES), dtype=torch.int32)
     table = torch.zeros(requests, LONGEST // BLOCK_SIZE, dtype=torch.int32)
     lengths = torch.full((requests,), tokens, dtype=torch.int32)
-    keys = ops.build_key_index(facts, table, lengths, PATCHES, BLOCK_SIZE)
-    plan = ops.plan(_step(requests, tokens), keys)
-    query = torch.zeros(requests * tokens, heads.heads, heads.head_size, dtype=dtype)
+    step = _step(requests, tokens)
+    if tokens == 1:
+        decodes = DecodeStep(
+            row_plan=step.row_plan,
+            positions=step.positions,
+            query_start_loc_cpu=step.query_start_loc_cpu,
+            query_start_loc=step.query_start_loc,
+            facts=facts,
+            block_table=table,
+            seq_lens=lengths,
+            slots=step.kv_row_index,
+            patches=PATCHES,
+            kv_rows_per_block=BLOCK_SIZE,
+        )
+        plan = ops.plan_decodes(decodes, torch.zeros(requests, dtype=torch.bool))
+    else:
+        plan = ops.plan(step, ops.build_key_index(facts, table, lengths, PATCHES, BLOCK_SIZE))
+    # As the layer has them: stretches of one product's result.
+    width = (heads.heads + 2 * heads.kv_heads) * heads.head_size
+    qkv = torch.zeros(requests * tokens, width, dtype=dtype).unflatten(1, (-1, heads.head_size))
+    query, key, value = qkv.split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
     kv_rows = torch.zeros(2 * BLOCK_SIZE, heads.kv_heads, 2 * heads.head_size, dtype=dtype)
     cos_sin_cache = torch.zeros(LONGEST, heads.head_size)
     scale = heads.head_size**-0.5
-    ops.attend(query, kv_rows, plan, cos_sin_cache, scale, torch.empty_like(query))
+    ops.write_pages(key, value, kv_rows, step.kv_row_index)
+    ops.attend(query, kv_rows, plan, cos_sin_cache, scale, query.new_empty(query.shape))
     if plan.ranking is not None:
         ops.importance(query, kv_rows, plan, cos_sin_cache, scale)
 
 
 # Requests and rows of each: prompts, one prompt, and decodes with keys cut into many, some and one part.
-STEPS = ((3, 40), (1, 40), (1, 1), (5, 1), (64, 1))
+STEPS = ((3, 40), (1, 40), (1, 1), (5, 1), (68, 1))
 
 
 def _number(pattern: str, text: str) -> int:

@@ -11,6 +11,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator  # noqa: E402
+from unittest import mock  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -23,11 +24,16 @@ from tests.support import kernel_memory  # noqa: E402
 from tests.support.attention_world import PATCHES, World  # noqa: E402
 from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
 from vllm_hybrid.attention import gpu  # noqa: E402
-from vllm_hybrid.attention.interface import TierBatch  # noqa: E402
+from vllm_hybrid.attention.interface import VirtualKeys  # noqa: E402
 from vllm_hybrid.attention.reference import build_key_index  # noqa: E402
 from vllm_hybrid.attention.triton_kernels import decode as decode_kernel  # noqa: E402
 from vllm_hybrid.attention.triton_kernels.decode import split_count  # noqa: E402
-from vllm_hybrid.attention.triton_kernels.lists import KeyLists, query_lists  # noqa: E402
+from vllm_hybrid.attention.triton_kernels.lists import (  # noqa: E402
+    SEGMENT,
+    RowLists,
+    new_key_lists,
+    query_lists,
+)
 from vllm_hybrid.kv import page_facts  # noqa: E402
 from vllm_hybrid.method import row_plan  # noqa: E402
 
@@ -139,6 +145,29 @@ def test_key_indices_agree(world: World, upper: bool) -> None:
         assert count == len(position)
         assert torch.equal(got.kv_row_index[request, :count].long(), kv_row)
         assert torch.equal(got.rope_pos[request, :count].long(), torch.where(image, position, 0))
+        check_rows_of_a_request(got.rows, request, wanted, rows)
+
+
+def check_rows_of_a_request(got: RowLists, request: int, wanted: VirtualKeys, rows: slice) -> None:
+    """Text rows in their order, and image rows with all their positions in segments."""
+    image = wanted.is_image[rows]
+    assert torch.equal(
+        got.text_row[request, : got.text_count[request]].long(), wanted.kv_row_index[rows][~image]
+    )
+    segments = int(got.segment_count[request])
+    starts = got.segment_start[request, : segments + 1].tolist()
+    listed: dict[int, list[int]] = {}
+    for row, first, past in zip(
+        got.segment_row[request, :segments].tolist(), starts, starts[1:], strict=False
+    ):
+        assert 0 < past - first <= SEGMENT
+        # Only a row's last segment has room left.
+        assert len(listed.get(row, ())) % SEGMENT == 0
+        listed.setdefault(row, []).extend(got.position[request, first:past].tolist())
+    pointers = wanted.member_ptr[rows.start : rows.stop + 1].tolist()
+    members = [wanted.member_pos[a:b].tolist() for a, b in zip(pointers, pointers[1:], strict=False)]
+    per_row = zip(wanted.kv_row_index[rows].tolist(), image.tolist(), members, strict=True)
+    assert listed == {row: own for row, is_image, own in per_row if is_image}
 
 
 def test_a_page_of_another_request_leaves_no_keys(world: World) -> None:
@@ -167,6 +196,25 @@ def test_key_indices_stay_inside_their_lists_whatever_pages_say(world: World) ->
     lengths = torch.randint(1, world.table.shape[1] * block_size + 1, (len(world.lengths),)).int()
     got = GPU.build_key_index(facts, world.table, lengths, PATCHES, world.step)
     assert ((got.count >= -1) & (got.count <= lengths)).all()
+    rows = got.rows
+    assert (rows.text_count + rows.segment_count <= got.count.clamp(min=0)).all()
+    for request, segments in enumerate(rows.segment_count.tolist()):
+        if got.count[request] < 0:
+            continue
+        starts = rows.segment_start[request, : segments + 1]
+        assert ((starts >= 0) & (starts <= got.count[request])).all()
+        position = rows.position[request, : starts[-1]]
+        assert ((position >= 0) & (position < lengths[request])).all()
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+def test_a_step_of_decodes(world: World, processors: int, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(decode_kernel, "_processors", lambda device: processors)
+    # The last request of the world ends in an image; a decode brings text.
+    texts = [[3], [0, PATCHES + 2], [], [1]]
+    lengths = [3 + PATCHES + 6, 2 * PATCHES + 5, 11, PATCHES + 2]
+    shape = (world.heads, world.kv_heads, world.head_size, world.block_size)
+    shared.check_decodes(World(*shape, lengths, texts, [[9], [1, PATCHES], [], [17]]), GPU)
 
 
 def test_a_captured_decode_writes_every_row(seed: int) -> None:
@@ -175,34 +223,87 @@ def test_a_captured_decode_writes_every_row(seed: int) -> None:
     plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     _, key, value = shared.random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value, GPU)
+    last = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
+    last[plan.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    step = shared.decode_step(world, plan, last)
     requests, real = 4, 2
-    lengths = torch.tensor([*world.lengths, 0, 0])
-    table = torch.zeros(requests, world.table.shape[1], dtype=torch.int32)
-    table[:real] = world.table
-    keys = GPU.build_key_index(world.facts, table, lengths, PATCHES, world.step)
+    # The host's view is the capture's; the device's is the replay's.
+    step.row_plan = row_plan.plan_text_rows(requests)
+    step.positions = torch.cat([step.positions, torch.zeros(2, dtype=torch.int64)])
+    step.query_start_loc_cpu = list(range(requests + 1))
+    step.query_start_loc = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32)
+    step.seq_lens = torch.tensor([*world.lengths, 0, 0], dtype=torch.int32)
+    step.slots = torch.cat([step.slots, torch.tensor([-1, 0])])
+    step.block_table = torch.zeros(requests, world.table.shape[1], dtype=torch.int32)
+    step.block_table[:real] = world.table
+    null_block = world.facts[0].clone()
+    attention = GPU.plan_decodes(step, torch.ones(requests, dtype=torch.bool))
+    assert torch.equal(world.facts[0], null_block)
+    assert attention.batch.kv_row_index[real:].tolist() == [0, 0]
     query = torch.randn(requests, 4, 64)
     out = torch.full_like(query, torch.nan)
-    batch = TierBatch(
-        row_plan=row_plan.plan_text_rows(requests),
-        positions=torch.zeros(requests, dtype=torch.int64),
-        # The host's view is the capture's; the device's is the replay's.
-        query_start_loc_cpu=list(range(requests + 1)),
-        query_start_loc=torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32),
-        kv_row_index=torch.zeros(requests, dtype=torch.int64),
-        ranking_queries=[],
-    )
-    GPU.attend(query, world.rows, GPU.plan(batch, keys), world.cos_sin_cache, world.scale, out)
+    GPU.attend(query, world.rows, attention, world.cos_sin_cache, world.scale, out)
     assert not out[:real].isnan().any() and out[:real].any()
     assert torch.equal(out[real:], torch.zeros_like(out[real:]))
 
 
-def test_requests_without_keys_answer_zero(seed: int) -> None:
-    kv_row_index, rope_pos = torch.zeros(2, 2, 8).int()
-    keys = KeyLists(kv_row_index, rope_pos, torch.tensor([0, -1]).int())
+def test_a_decode_with_a_page_of_another_request_is_flagged(seed: int) -> None:
+    world = World(2, 2, 64, 5, [PATCHES + 7, PATCHES + 9], [[3], [4]], [[7], [11]])
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
+    _, key, value = shared.random_rows(world, plan.rows.shape[0])
+    world.store(plan, key, value, GPU)
+    last = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
+    last[plan.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    step = shared.decode_step(world, plan, last)
+    step.block_table = world.table[[0, 0]]
+    step.seq_lens = torch.tensor([PATCHES + 7, PATCHES + 9], dtype=torch.int32)
+    # Where the image of the second begins the pages of the first hold the second row of theirs.
+    step.block_table[1, 0] = world.table[1, 0]
+    foreign = torch.zeros(2, dtype=torch.bool)
+    attention = GPU.plan_decodes(step, foreign)
+    assert foreign.tolist() == [False, True]
     out = torch.full((2, 2, 64), torch.nan)
+    GPU.attend(torch.randn(2, 2, 64), world.rows, attention, world.cos_sin_cache, 1.0, out)
+    assert out[0].any() and not out[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(4, 2, 64), (2, 2, 128)])
+def test_decodes_in_half_precision(heads: tuple[int, int, int], dtype: torch.dtype, seed: int) -> None:
+    world = World(*heads, 8, [PATCHES + 12, 30], [[4], []], [[11], []])
+    shared.check_decodes(world, GPU, dtype)
+
+
+def test_decodes_repeat_to_the_bit_whatever_stands_beside_them(seed: int) -> None:
+    world = World(2, 2, 64, 5, [PATCHES + 12, PATCHES + 30], [[4], [2]], [[11], [23]])
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
+    query, key, value = shared.random_rows(world, plan.rows.shape[0])
+    world.store(plan, key, value, GPU)
+    last = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
+    last[plan.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    step = shared.decode_step(world, plan, last)
+    answers = []
+    for order in ([0, 1], [1, 0]):
+        step.block_table, step.seq_lens = world.table[order], torch.tensor(world.lengths).int()[order]
+        attention = GPU.plan_decodes(step, torch.zeros(2, dtype=torch.bool))
+        out = torch.empty(2, 2, 64)
+        GPU.attend(query[last][order], world.rows, attention, world.cos_sin_cache, world.scale, out)
+        answers.append(out[order])
+    assert torch.equal(*answers)
+
+
+def test_requests_without_keys_answer_zero(seed: int) -> None:
+    rows = new_key_lists(2, 8, True, torch.device("cpu")).rows
+    rows.text_count.zero_()
+    rows.segment_count.zero_()
     kv_rows, cos_sin_cache = torch.randn(4, 2, 128), torch.zeros(8, 64)
-    decode_kernel.decode(out.clone(), torch.tensor([1, -1]).int(), kv_rows, keys, cos_sin_cache, 1.0, out)
-    assert out[0].isnan().all() and not out[1].any()
+    for processors in (1, 132):
+        out = torch.full((2, 2, 64), torch.nan)
+        with mock.patch.object(decode_kernel, "_processors", lambda device, n=processors: n):
+            decode_kernel.decode(
+                torch.randn(2, 2, 64), torch.tensor([1, -1]).int(), kv_rows, rows, cos_sin_cache, 1.0, out
+            )
+        assert out[0].isnan().all() and not out[1].any()
 
 
 def test_query_lists_leave_out_padding_and_dropped_rows() -> None:
@@ -222,8 +323,9 @@ def test_query_lists_leave_out_padding_and_dropped_rows() -> None:
 
 def test_splits_depend_on_shapes_alone() -> None:
     assert split_count(programs=16 * 32, width=4096, processors=132) == 1
-    assert split_count(programs=32, width=4096, processors=132) == 16
-    assert split_count(programs=1, width=20, processors=132) == 1
+    assert split_count(programs=100, width=4096, processors=132) == 4
+    assert split_count(programs=8, width=4096, processors=132) == 32
+    assert split_count(programs=1, width=20, processors=132) == 2
 
 
 def test_bfloat16_pages(seed: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_hybrid.method.fastv import live_to_kept, select_tokens
-from vllm_hybrid.method.row_plan import StepImages
+from vllm_hybrid.method.row_plan import StepImages, plan_text_rows
 from vllm_hybrid.models import step as step_module
 from vllm_hybrid.models.step import Step
 
@@ -132,7 +132,7 @@ def random_step(draw: random.Random) -> Step:
     images = StepImages.of(first_rows, owner, level, LEVEL_RATIOS, token_ids)
     assert images.counts == live
     assert images.ratios == [LEVEL_RATIOS[number] for number in level.tolist()]
-    return Step(torch.arange(starts[-1]), starts, images)
+    return Step(torch.arange(starts[-1]), starts, images, plan_text_rows(starts[-1]))
 
 
 def test_a_step_keeps_of_each_image_what_its_level_leaves(

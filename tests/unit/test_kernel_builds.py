@@ -41,6 +41,7 @@ MOST_REGISTERS = {
     "probabilities": 104,
     "sum": 32,
     "key_index": 224,
+    "write": 40,
 }
 FEWEST_BLOCKS = {"decode": 3, "prefill": 2, "key_index": 2}
 # Bytes of a block; a multiprocessor of sm_80 grants 163 KiB to one, of sm_90 227.

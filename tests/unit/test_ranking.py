@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_hybrid.method.ranking import header_end_rows, ranking_positions
-from vllm_hybrid.method.row_plan import StepImages
+from vllm_hybrid.method.row_plan import StepImages, plan_text_rows
 from vllm_hybrid.models.step import Step
 
 
@@ -74,7 +74,7 @@ def step_of(requests: list[list[int]], header: Sequence[int], kept: Sequence[int
     owner = torch.arange(PATCHES).expand(len(places) // PATCHES, -1)
     level = torch.tensor([int(image not in kept) for image in range(len(owner))], dtype=torch.int64)
     images = StepImages.of(places[::PATCHES], owner, level, [0.0, 0.5], torch.tensor(ids), header)
-    return Step(torch.arange(len(ids)), starts, images)
+    return Step(torch.arange(len(ids)), starts, images, plan_text_rows(len(ids)))
 
 
 def ranked(step: Step) -> list[tuple[int, int, int]]:
@@ -125,7 +125,7 @@ def test_images_that_lose_nothing_have_no_ranking_query(
 
 
 def test_a_step_of_text_ranks_nothing() -> None:
-    assert Step(torch.arange(3), [0, 3], None).ranking_queries == []
+    assert Step(torch.arange(3), [0, 3], None, plan_text_rows(3)).ranking_queries == []
 
 
 def test_a_step_ranks_where_its_prompts_say(draw: random.Random) -> None:

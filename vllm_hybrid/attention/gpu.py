@@ -11,13 +11,14 @@ from itertools import chain
 
 import torch
 
-from vllm_hybrid.attention.interface import AttentionOps, AttentionPlan, TierBatch
+from vllm_hybrid.attention.interface import AttentionOps, AttentionPlan, DecodeStep, TierBatch
 from vllm_hybrid.attention.triton_kernels.decode import decode
 from vllm_hybrid.attention.triton_kernels.importance import importance
-from vllm_hybrid.attention.triton_kernels.key_index import build_key_index
+from vllm_hybrid.attention.triton_kernels.key_index import build_key_index, index_decodes
 from vllm_hybrid.attention.triton_kernels.lists import KeyLists, QueryLists, new_key_lists, query_lists
 from vllm_hybrid.attention.triton_kernels.prefill import prefill
 from vllm_hybrid.attention.triton_kernels.segments import segment_mean
+from vllm_hybrid.attention.triton_kernels.write import write
 from vllm_hybrid.method.row_plan import to_device
 
 
@@ -26,14 +27,15 @@ class GpuPlan(AttentionPlan[KeyLists]):
     """A step sorted into decodes and prefills; each kind takes one call per layer.
 
     Attributes:
-        decode_rows: int32 [requests], live row of each request that brings one virtual row, else -1.
+        decode_rows: int32 [requests], live row of each request that brings one virtual row, else -1; None in
+            a step of decodes alone, where request r's is row r.
         queries: virtual queries of the requests that bring several; None in a step of decodes alone.
         ranking: int32 [ranking queries, 3], request, virtual row and first row of each; None where none
             ranks.
 
     """
 
-    decode_rows: torch.Tensor
+    decode_rows: torch.Tensor | None
     queries: QueryLists | None
     ranking: torch.Tensor | None
 
@@ -47,6 +49,11 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
 
     flags_foreign_pages = True
 
+    def write_pages(
+        self, key: torch.Tensor, value: torch.Tensor, kv_rows: torch.Tensor, kv_row_index: torch.Tensor
+    ) -> None:
+        write(key, value, kv_rows, kv_row_index)
+
     def build_key_index(
         self,
         facts: torch.Tensor,
@@ -56,22 +63,34 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         kv_rows_per_block: int,
     ) -> KeyLists:
         width = block_table.shape[1] * facts.shape[1]
-        keys = new_key_lists(block_table.shape[0], width, facts.device)
+        keys = new_key_lists(block_table.shape[0], width, True, facts.device)
         build_key_index(facts, block_table, seq_lens, patches, kv_rows_per_block, keys)
         return keys
 
     def flag_foreign_pages(self, key_index: KeyLists, flags: torch.Tensor) -> None:
         torch.lt(key_index.count, 0, out=flags)
 
+    def plan_decodes(self, step: DecodeStep, foreign: torch.Tensor) -> GpuPlan:
+        # A captured graph replays this for fewer requests too: those that fill it up have no keys, so their
+        # rows are answered with 0 and nothing stays unwritten.
+        requests, blocks = step.block_table.shape
+        width = blocks * step.facts.shape[1]
+        keys = new_key_lists(requests, width, False, step.facts.device)
+        kv_row_index = index_decodes(
+            step.facts,
+            step.block_table,
+            step.seq_lens,
+            step.patches,
+            step.kv_rows_per_block,
+            keys,
+            step.slots,
+            foreign,
+        )
+        return GpuPlan(step.batch(kv_row_index), keys, None, None, None)
+
     def plan(self, batch: TierBatch, key_index: KeyLists) -> GpuPlan:
         starts = batch.query_start_loc_cpu
-        requests = len(starts) - 1
         device = batch.query_start_loc.device
-        if starts == list(range(requests + 1)):
-            # One row each. A captured graph replays this for fewer requests too: those that fill it up have
-            # no keys, so their rows are answered with 0 and nothing stays unwritten.
-            rows = torch.arange(requests, dtype=torch.int32, device=device)
-            return GpuPlan(batch, key_index, rows, None, None)
         ends = batch.query_start_loc[1:] - 1
         # Padding requests stretch over nothing and end one row before the first.
         row = batch.row_plan.row_of[ends.clamp(min=0)].int()
@@ -97,12 +116,13 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         out: torch.Tensor,
     ) -> None:
         if plan.queries is not None:
+            assert plan.decode_rows is not None
             copies = query.new_empty(plan.queries.row.shape[0], *query.shape[1:])
             keys, queries = plan.key_index, plan.queries
             prefill(query, kv_rows, keys, queries, plan.decode_rows, cos_sin_cache, scale, copies)
             # Rows of decodes get a mean of nothing here, and their answer below.
             segment_mean(copies, queries.by_row, queries.row_start, out)
-        decode(query, plan.decode_rows, kv_rows, plan.key_index, cos_sin_cache, scale, out)
+        decode(query, plan.decode_rows, kv_rows, plan.key_index.rows, cos_sin_cache, scale, out)
 
     def importance(
         self,

@@ -90,6 +90,42 @@ class TierBatch:
         return first, last
 
 
+@dataclass
+class DecodeStep:
+    """A step in which each request brings one row of text, as one tier sees it.
+
+    Attributes:
+        row_plan: the rows, request r's is row r.
+        positions: int64 [requests], virtual position of each.
+        query_start_loc_cpu: 0, 1, 2, ...
+        query_start_loc: int32 [requests + 1], the same where the rows are; when a captured step is replayed
+            for fewer requests, the last ones stretch over nothing.
+        facts: int32 [blocks, block_size, words], the tier's page facts, which do not know the new rows yet.
+        block_table: int32 [requests, blocks per request], see :meth:`AttentionOps.build_key_index`.
+        seq_lens: int32 [requests], virtual length of each request with its new row; 0 where there is none.
+        slots: int64 [requests], vLLM's slot of each new row, negative where there is none.
+        patches: patches of an image.
+        kv_rows_per_block: KV rows between two blocks of one layer.
+
+    """
+
+    row_plan: RowPlan
+    positions: torch.Tensor
+    query_start_loc_cpu: list[int]
+    query_start_loc: torch.Tensor
+    facts: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    slots: torch.Tensor
+    patches: int
+    kv_rows_per_block: int
+
+    def batch(self, kv_row_index: torch.Tensor) -> TierBatch:
+        """The rows as any step's, given where they are stored (int64 [requests])."""
+        starts = self.query_start_loc_cpu
+        return TierBatch(self.row_plan, self.positions, starts, self.query_start_loc, kv_row_index, [])
+
+
 KeyIndexT = TypeVar("KeyIndexT", bound=KeyIndex)
 
 
@@ -167,6 +203,19 @@ class AttentionOps(ABC, Generic[KeyIndexT, PlanT]):
     @abstractmethod
     def plan(self, batch: TierBatch, key_index: KeyIndexT) -> PlanT:
         """Sort a step's requests; done once per tier and step, used by every layer of the tier."""
+
+    def plan_decodes(self, step: DecodeStep, foreign: torch.Tensor) -> PlanT | None:
+        """Do all that comes before the layers of a step of decodes at once, where there is a way to.
+
+        Args:
+            step: the step; the facts of its rows are written.
+            foreign: bool [requests], whether a page held another request's data; written.
+
+        Returns:
+            The plan; None where such a step is stored, read back and planned as any other.
+
+        """
+        return None
 
     @abstractmethod
     def attend(

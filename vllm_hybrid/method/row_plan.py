@@ -123,6 +123,10 @@ class RowPlan:
     stored_at: torch.Tensor
     image: torch.Tensor
 
+    def first(self, rows: int) -> RowPlan:
+        """The first rows of a plan without images, as views."""
+        return RowPlan(self.rows[:rows], self.row_of[:rows], self.stored_at[:rows], self.image[:rows])
+
 
 def plan_text_rows(num_rows: int, device: torch.device | str = "cpu") -> RowPlan:
     """The plan of a step without images: every virtual row is live, and stored where it stands."""

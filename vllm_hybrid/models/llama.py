@@ -32,7 +32,7 @@ from vllm_hybrid.attention.interface import AttentionPlan, KeyIndex, as_kv_rows,
 from vllm_hybrid.attention.select import select_attention
 from vllm_hybrid.config import HybridConfig
 from vllm_hybrid.kv.tiers import Tier
-from vllm_hybrid.method.row_plan import RowPlan, StepImages
+from vllm_hybrid.method.row_plan import RowPlan, StepImages, plan_text_rows
 from vllm_hybrid.models.row_padding import pad_to_bucket
 from vllm_hybrid.models.step import Step, TierPages, store_facts_and_plan
 
@@ -234,7 +234,10 @@ class HybridLlamaModel(nn.Module):
         self._stacks = make_stacks(vllm_config, prefix, list(self.layers), split)
         self._first_layers = [self.layers[0], *([self.layers[split]] if len(self._stacks) > 1 else [])]
         self._pages = [TierPages(patches) for _ in self._stacks]
-        self._most_requests = vllm_config.scheduler_config.max_num_seqs
+        scheduler = vllm_config.scheduler_config
+        self._most_requests = scheduler.max_num_seqs
+        self._most_rows = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+        self._text_rows: RowPlan | None = None
         # One tensor for good: captured graphs write into it.
         self._foreign: torch.Tensor | None = None
         # Called with the images, lower and upper rows of every step that has images; see ``show``.
@@ -258,10 +261,12 @@ class HybridLlamaModel(nn.Module):
             pages.copy_facts(copies)
 
     def _set_up(self, device: torch.device) -> None:
-        """Make what every step reads or writes: the cos-sin cache, page facts, flags."""
+        """Make what every step reads or writes: the cos-sin cache, facts, flags, a text's row plan."""
         self._set_cos_sin_cache(device)
         for pages, layer in zip(self._pages, self._first_layers, strict=True):
             pages.bind(layer.self_attn.attn.kv_cache)
+        if self._text_rows is None:
+            self._text_rows = plan_text_rows(self._most_rows, device)
         if self._foreign is None:
             self._foreign = torch.zeros(
                 len(self._pages), self._most_requests, dtype=torch.bool, device=device
@@ -310,11 +315,13 @@ class HybridLlamaModel(nn.Module):
         if metadata is None:
             return self._forward_all_rows(positions, hidden_states)
         self._set_up(hidden_states.device)
+        assert self._text_rows is not None
         common = metadata[0].common
         step = Step(
             positions=positions[: common.num_actual_tokens].long(),
             query_start_loc_cpu=common.query_start_loc_cpu[: common.num_reqs + 1].tolist(),
             images=images,
+            text_rows=self._text_rows,
         )
         return self._forward_live_rows(step, metadata, hidden_states)
 
@@ -393,7 +400,10 @@ def _rope_positions(row_plan: RowPlan, step: Step, rows: int) -> torch.Tensor:
 
     A text row's is its own; image rows and padding have 0, which rotates nothing.
     """
-    rope_pos = torch.where(row_plan.image < 0, step.positions[row_plan.rows], 0)
+    if step.images is None:
+        rope_pos = step.positions
+    else:
+        rope_pos = torch.where(row_plan.image < 0, step.positions[row_plan.rows], 0)
     padding = rows - rope_pos.shape[0]
     return rope_pos if padding == 0 else F.pad(rope_pos, (0, padding))
 

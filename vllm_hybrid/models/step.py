@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_hybrid.attention.interface import (
     AttentionPlan,
+    DecodeStep,
     KeyIndex,
     RankingQuery,
     TierBatch,
@@ -26,7 +27,6 @@ from vllm_hybrid.method.row_plan import (
     StepImages,
     plan_kept_rows,
     plan_live_rows,
-    plan_text_rows,
     to_device,
     true_places,
 )
@@ -118,17 +118,25 @@ class Step:
         positions: int64 [N], virtual position of each virtual row.
         query_start_loc_cpu: entries r and r + 1 bound the virtual rows of request r.
         images: the images whose patches are in the step, None where there are none.
+        text_rows: the plan of a step without images that has as many rows as a step can have.
 
     """
 
     positions: torch.Tensor
     query_start_loc_cpu: list[int]
     images: StepImages | None
+    text_rows: RowPlan
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every request brings one row, of text."""
+        starts = self.query_start_loc_cpu
+        return self.images is None and starts == list(range(len(starts)))
 
     def lower_rows(self) -> RowPlan:
         """The live rows."""
         if self.images is None:
-            return plan_text_rows(self.query_start_loc_cpu[-1], self.positions.device)
+            return self.text_rows.first(self.query_start_loc_cpu[-1])
         return plan_live_rows(self.query_start_loc_cpu[-1], self.images)
 
     @cached_property
@@ -223,10 +231,15 @@ def store_facts_and_plan(
         The plan, for every layer of the tier.
 
     """
+    requests = len(step.query_start_loc_cpu) - 1
+    assert pages.facts is not None
+    if step.decodes:
+        decodes = _decode_step(step, row_plan, common, pages)
+        plan = ops.plan_decodes(decodes, foreign[:requests])
+        if plan is not None:
+            return plan
     slots = step.slots(row_plan, common)
     pages.write_facts(slots, step.facts(row_plan))
-    assert pages.facts is not None
-    requests = len(step.query_start_loc_cpu) - 1
     key_index = ops.build_key_index(
         pages.facts,
         common.block_table_tensor[:requests],
@@ -236,3 +249,22 @@ def store_facts_and_plan(
     )
     ops.flag_foreign_pages(key_index, foreign[:requests])
     return ops.plan(step.tier_batch(row_plan, common, pages.kv_row_index(slots)), key_index)
+
+
+def _decode_step(
+    step: Step, row_plan: RowPlan, common: CommonAttentionMetadata, pages: TierPages
+) -> DecodeStep:
+    requests = len(step.query_start_loc_cpu) - 1
+    assert pages.facts is not None
+    return DecodeStep(
+        row_plan=row_plan,
+        positions=step.positions,
+        query_start_loc_cpu=step.query_start_loc_cpu,
+        query_start_loc=common.query_start_loc[: requests + 1],
+        facts=pages.facts,
+        block_table=common.block_table_tensor[:requests],
+        seq_lens=common.seq_lens[:requests],
+        slots=common.slot_mapping[:requests].long(),
+        patches=pages.patches,
+        kv_rows_per_block=pages.kv_rows_per_block,
+    )

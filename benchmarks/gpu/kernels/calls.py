@@ -61,7 +61,9 @@ def kernel_calls(scene: Scene) -> dict[str, Call]:
     out = torch.empty_like(query)
     calls: dict[str, Call] = {"key_index": lambda: build_key_index(*pages, keys)}
     if plan.queries is None or plan.ranking is None:
-        calls["decode"] = lambda: decode(query, plan.decode_rows, kv_rows, keys, cos_sin_cache, scale, out)
+        calls["decode"] = lambda: decode(
+            query, plan.decode_rows, kv_rows, keys.rows, cos_sin_cache, scale, out
+        )
         return calls
     queries, ranking, skip = plan.queries, plan.ranking, plan.decode_rows
     copies = query.new_empty(queries.row.shape[0], *query.shape[1:])

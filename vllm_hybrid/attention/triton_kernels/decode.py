@@ -1,113 +1,217 @@
-"""Attention of one query per request over its virtual keys, cut into parts that run side by side.
+"""Attention of one query per request over its stored rows, cut into parts that run side by side.
+
+The score of a rotated query q and an unrotated key k at position j is
+sum_c cos(j t_c) (q1 k1 + q2 k2) + sin(j t_c) (q2 k1 - q1 k2) over the halves of the channels (RoPE in
+half-split style, RoFormer, arXiv 2104.09864, section 3.2.2). So a merged row is read once for all its
+positions: two products, a dot product with cosines and sines for each position, and its value once with the
+sum of the weights.
 
 To move per request, layer and key/value head: keys and values of every row once from memory (4 * head_size
-bytes a row in bf16; a row's further positions find it in the cache of the multiprocessor), 8 bytes of list
-per virtual key. To compute: 4 * head_size operations per virtual key and query head, and 3 * head_size to
-rotate an image's key. At 640 positions, 145 rows, 32 heads of 128 channels that is 2.4 MB read and 10 MFLOP,
-where the full model reads 10.5 MB.
+bytes a row in bf16), 4 bytes of list per text row, 8 per segment and 4 per position. Cosines and sines of a
+position are made from two rows of the table (position = 32 hi + lo), so that what is asked for again and
+again is few rows, which stay in the cache of a multiprocessor; the heads of a program ask for the same ones.
+To compute: 4 * head_size operations per row and query head, 5 * head_size per position of an image row.
+
+Each row of a tile keeps a softmax of its own, and they are joined at the end: nothing crosses warps on the
+way but how many positions a tile's longest segment has.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_hybrid.attention.triton_kernels.lists import KeyLists
-from vllm_hybrid.attention.triton_kernels.tiles import gather_halves, product, rotate
+from vllm_hybrid.attention.triton_kernels.lists import RowLists
 
-_TILE = 32
-_MOST_SPLITS = 16
+_TILE = 4
+_STAGES = 3
+_HEADS = 4
+_FINE = 32
+_MOST_SPLITS = 32
+# Programs for each multiprocessor, as many as its registers hold.
+_PROGRAMS = 4
 # Multiprocessors to fill where the device does not say.
 _PROCESSORS = 132
+# Softmax is taken to base 2.
+_LOG2_E = math.log2(math.e)
+# Less than any score, and finite: a row that saw nothing weighs nothing.
+_LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _halves(base, rows, row_stride, there, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Both halves, as stored, [TILE, HEADS, HALF_PAD], of what lies at base [1, HEADS, 1] in some rows."""
+    channel = tl.arange(0, HALF_PAD)[None, None, :]
+    at = base + rows.to(tl.int64)[:, None, None] * row_stride + channel
+    mask = there & (channel < HALF)
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + HALF, mask=mask, other=0.0)
+
+
+@triton.jit
+def _segments(segment_row, segment_start, at, end, TILE: tl.constexpr):
+    """KV row, first member and members of a tile of segments; none where there is no segment."""
+    number = at + tl.arange(0, TILE)
+    inside = number < end
+    row = tl.load(segment_row + number, mask=inside, other=0)
+    first = tl.load(segment_start + number, mask=inside, other=0)
+    return row, first, tl.load(segment_start + number + 1, mask=inside, other=0) - first
+
+
+@triton.jit
+def _angles(
+    pos, there, cos_sin_cache,
+    FINE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
+):  # fmt: skip
+    """Cosines and sines, float32 [TILE, HEADS, HALF_PAD] each, of some positions, by the sum of two angles.
+
+    Each head asks for its own, all for the same addresses: so they lie in registers as keys do.
+    """
+    head = tl.arange(0, HEADS)[None, :, None]
+    channel = tl.arange(0, HALF_PAD)[None, None, :]
+    mask = there[:, None, None] & (channel < HALF) & (head >= 0)
+    coarse = cos_sin_cache + (pos // FINE * FINE)[:, None, None] * (2 * HALF) + channel + head * 0
+    fine = cos_sin_cache + (pos % FINE)[:, None, None] * (2 * HALF) + channel + head * 0
+    cos1 = tl.load(coarse, mask=mask, other=0.0)
+    sin1 = tl.load(coarse + HALF, mask=mask, other=0.0)
+    cos0 = tl.load(fine, mask=mask, other=0.0)
+    sin0 = tl.load(fine + HALF, mask=mask, other=0.0)
+    return cos1 * cos0 - sin1 * sin0, sin1 * cos0 + cos1 * sin0
+
+
+@triton.jit
+def _add_rows(m_i, l_i, acc1, acc2, m_row, l_row, v1, v2):
+    """The rows' softmaxes [TILE, HEADS] with one more row each, of scores' maximum m and weight l at it."""
+    m_new = tl.maximum(m_i, m_row)
+    alpha = tl.exp2(m_i - m_new)
+    weight = l_row * tl.exp2(m_row - m_new)
+    acc1 = acc1 * alpha[:, :, None] + weight[:, :, None] * v1.to(tl.float32)
+    acc2 = acc2 * alpha[:, :, None] + weight[:, :, None] * v2.to(tl.float32)
+    return m_new, l_i * alpha + weight, acc1, acc2
+
+
+@triton.jit
+def _part(count, split, TILE: tl.constexpr, SPLITS: tl.constexpr):
+    """First and one past the last entry of a part of a list, whole tiles each."""
+    per_split = tl.cdiv(tl.cdiv(count, TILE), SPLITS) * TILE
+    begin = split * per_split
+    return begin, tl.minimum(begin + per_split, count)
 
 
 @triton.jit
 def _decode(
-    query, query_rows, kv_rows, kv_row_index, rope_pos, count, cos_sin_cache, part_m, part_l, part_acc,
-    scale, query_stride, query_head_stride, kv_row_stride, kv_head_stride, width,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr,
+    query, query_rows, kv_rows, text_row, text_count, segment_row, segment_start, segment_count, position,
+    cos_sin_cache, part_m, part_l, part_acc, out, scale, query_stride, query_head_stride, kv_row_stride,
+    kv_head_stride, out_stride, out_head_stride, width, heads,
+    LISTED: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr, TILE: tl.constexpr, FINE: tl.constexpr, SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
-    kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    query_row = tl.load(query_rows + request)
-    keys = tl.load(count + request)
-    if query_row < 0 or keys <= 0:
-        return
-    keys_per_split = tl.cdiv(tl.cdiv(keys, TILE), SPLITS) * TILE
-    begin = split * keys_per_split
-    end = tl.minimum(begin + keys_per_split, keys)
-    member = tl.arange(0, GROUP_PAD)
+    query_row = request
+    if LISTED:
+        query_row = tl.load(query_rows + request)
+        if query_row < 0:
+            return
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    real = head < heads
     channel = tl.arange(0, HALF_PAD)
-    heads = kv_head * GROUP + member
-    asked = query + query_row.to(tl.int64) * query_stride + kv_head * GROUP * query_head_stride
-    q1, q2 = gather_halves(asked, member, query_head_stride, member < GROUP, HALF, HALF_PAD)
-    kv_base = kv_rows + kv_head.to(tl.int64) * kv_head_stride
-    m_i = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    l_i = tl.zeros([GROUP_PAD], tl.float32)
-    acc1 = tl.zeros([GROUP_PAD, HALF_PAD], tl.float32)
-    acc2 = tl.zeros([GROUP_PAD, HALF_PAD], tl.float32)
-    for at in range(begin, end, TILE):
-        key = at + tl.arange(0, TILE)
-        there = key < end
-        listed = request.to(tl.int64) * width + key
-        row = tl.load(kv_row_index + listed, mask=there, other=0)
-        pos = tl.load(rope_pos + listed, mask=there, other=0)
-        k1, k2 = gather_halves(kv_base, row, kv_row_stride, there, HALF, HALF_PAD)
-        k1, k2 = rotate(k1, k2, pos, cos_sin_cache, there, HALF, HALF_PAD)
-        v1, v2 = gather_halves(kv_base + 2 * HALF, row, kv_row_stride, there, HALF, HALF_PAD)
-        if GROUP == 1:
-            score = tl.sum(q1 * k1 + q2 * k2, axis=1)[None, :]
-        else:
-            score = product(q1, tl.trans(k1), DOT) + product(q2, tl.trans(k2), DOT)
-        score = tl.where(there[None, :], score * scale, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(score, axis=1))
-        alpha = tl.exp(m_i - m_new)
-        weight = tl.exp(score - m_new[:, None])
-        l_i = l_i * alpha + tl.sum(weight, axis=1)
-        if GROUP == 1:
-            column = tl.trans(weight)
-            acc1 = acc1 * alpha[:, None] + tl.sum(column * v1, axis=0)[None, :]
-            acc2 = acc2 * alpha[:, None] + tl.sum(column * v2, axis=0)[None, :]
-        else:
-            acc1 = acc1 * alpha[:, None] + product(weight, v1, DOT)
-            acc2 = acc2 * alpha[:, None] + product(weight, v2, DOT)
-        m_i = m_new
-    part = (request.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * SPLITS + split
-    real = member < GROUP
-    tl.store(part_m + part, m_i, mask=real)
-    tl.store(part_l + part, l_i, mask=real)
-    cell = part_acc + part[:, None] * (2 * HALF) + channel[None, :]
     whole = real[:, None] & (channel < HALF)[None, :]
-    tl.store(cell, acc1, mask=whole)
-    tl.store(cell + HALF, acc2, mask=whole)
+    asked = query + query_row.to(tl.int64) * query_stride
+    asked += head[:, None] * query_head_stride + channel[None, :]
+    q1 = (tl.load(asked, mask=whole, other=0.0).to(tl.float32) * scale)[None, :, :]
+    q2 = (tl.load(asked + HALF, mask=whole, other=0.0).to(tl.float32) * scale)[None, :, :]
+    key = kv_rows + ((head // GROUP).to(tl.int64) * kv_head_stride)[None, :, None]
+    own_lists = request.to(tl.int64) * width
+    text_row += own_lists
+    segment_row += own_lists
+    segment_start += own_lists + request
+    position += own_lists
+    m_i = tl.full([TILE, HEADS], _LOWEST, tl.float32)
+    l_i = tl.zeros([TILE, HEADS], tl.float32)
+    acc1 = tl.zeros([TILE, HEADS, HALF_PAD], tl.float32)
+    acc2 = tl.zeros([TILE, HEADS, HALF_PAD], tl.float32)
+    begin, end = _part(tl.load(text_count + request), split, TILE, SPLITS)
+    for at in tl.range(begin, end, TILE, num_stages=STAGES):
+        number = at + tl.arange(0, TILE)
+        inside = number < end
+        row = tl.load(text_row + number, mask=inside, other=0)
+        there = inside[:, None, None] & real[None, :, None]
+        k1, k2 = _halves(key, row, kv_row_stride, there, HALF, HALF_PAD)
+        v1, v2 = _halves(key + 2 * HALF, row, kv_row_stride, there, HALF, HALF_PAD)
+        along = q1 * k1.to(tl.float32) + q2 * k2.to(tl.float32)
+        score = tl.where(inside[:, None], tl.sum(along, axis=2), _LOWEST)
+        seen = tl.where(inside, 1.0, 0.0)[:, None] + tl.zeros_like(score)
+        m_i, l_i, acc1, acc2 = _add_rows(m_i, l_i, acc1, acc2, score, seen, v1, v2)
+    begin, end = _part(tl.load(segment_count + request), split, TILE, SPLITS)
+    next_row, next_first, next_held = _segments(segment_row, segment_start, begin, end, TILE)
+    there = (next_held > 0)[:, None, None] & real[None, :, None]
+    next_k1, next_k2 = _halves(key, next_row, kv_row_stride, there, HALF, HALF_PAD)
+    for at in range(begin, end, TILE):
+        row, first, held = next_row, next_first, next_held
+        k1, k2 = next_k1.to(tl.float32), next_k2.to(tl.float32)
+        v1, v2 = _halves(key + 2 * HALF, row, kv_row_stride, there, HALF, HALF_PAD)
+        # The next keys are asked for before this tile's positions are gone through.
+        next_row, next_first, next_held = _segments(segment_row, segment_start, at + TILE, end, TILE)
+        there = (next_held > 0)[:, None, None] & real[None, :, None]
+        next_k1, next_k2 = _halves(key, next_row, kv_row_stride, there, HALF, HALF_PAD)
+        along = q1 * k1 + q2 * k2
+        across = q2 * k1 - q1 * k2
+        m_row = tl.full([TILE, HEADS], _LOWEST, tl.float32)
+        l_row = tl.zeros([TILE, HEADS], tl.float32)
+        for member in range(0, tl.max(held, axis=0)):
+            here = member < held
+            pos = tl.load(position + first + member, mask=here, other=0)
+            cos, sin = _angles(pos, here, cos_sin_cache, FINE, HEADS, HALF, HALF_PAD)
+            score = tl.where(here[:, None], tl.sum(along * cos + across * sin, axis=2), _LOWEST)
+            m_new = tl.maximum(m_row, score)
+            weight = tl.where(here[:, None], tl.exp2(score - m_new), 0.0)
+            l_row = l_row * tl.exp2(m_row - m_new) + weight
+            m_row = m_new
+        m_i, l_i, acc1, acc2 = _add_rows(m_i, l_i, acc1, acc2, m_row, l_row, v1, v2)
+    m_all = tl.max(m_i, axis=0)
+    factor = tl.exp2(m_i - m_all[None, :])
+    l_all = tl.sum(l_i * factor, axis=0)
+    acc1 = tl.sum(acc1 * factor[:, :, None], axis=0)
+    acc2 = tl.sum(acc2 * factor[:, :, None], axis=0)
+    if SPLITS == 1:
+        over = (1.0 / tl.where(l_all > 0, l_all, 1.0))[:, None]
+        cell = out + query_row.to(tl.int64) * out_stride + head[:, None] * out_head_stride + channel[None, :]
+        tl.store(cell, (acc1 * over).to(out.dtype.element_ty), mask=whole)
+        tl.store(cell + HALF, (acc2 * over).to(out.dtype.element_ty), mask=whole)
+    else:
+        part = (request.to(tl.int64) * heads + head) * SPLITS + split
+        tl.store(part_m + part, m_all, mask=real)
+        tl.store(part_l + part, l_all, mask=real)
+        cell = part_acc + part[:, None] * (2 * HALF) + channel[None, :]
+        tl.store(cell, acc1, mask=whole)
+        tl.store(cell + HALF, acc2, mask=whole)
 
 
 @triton.jit
 def _combine(
-    query_rows, count, part_m, part_l, part_acc, out, out_stride, out_head_stride,
-    SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, SPLITS: tl.constexpr,
+    query_rows, part_m, part_l, part_acc, out, out_stride, out_head_stride,
+    LISTED: tl.constexpr, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     head = tl.program_id(1)
-    query_row = tl.load(query_rows + request)
-    if query_row < 0:
-        return
+    query_row = request
+    if LISTED:
+        query_row = tl.load(query_rows + request)
+        if query_row < 0:
+            return
     channel = tl.arange(0, SIZE_PAD)
     split = tl.arange(0, SPLITS)
     part = (request.to(tl.int64) * tl.num_programs(1) + head) * SPLITS + split
-    # A request without keys has no parts either.
-    there = split < tl.where(tl.load(count + request) > 0, SPLITS, 0)
-    m_i = tl.load(part_m + part, mask=there, other=float("-inf"))
-    most = tl.maximum(tl.max(m_i, axis=0), -1e30)
-    factor = tl.exp(m_i - most)
-    l_i = tl.sum(factor * tl.load(part_l + part, mask=there, other=0.0), axis=0)
+    m_i = tl.load(part_m + part)
+    factor = tl.exp2(m_i - tl.max(m_i, axis=0))
+    l_i = tl.sum(factor * tl.load(part_l + part), axis=0)
     cells = part_acc + part[:, None] * SIZE + channel[None, :]
-    acc = tl.load(cells, mask=there[:, None] & (channel < SIZE)[None, :], other=0.0)
+    acc = tl.load(cells, mask=(channel < SIZE)[None, :], other=0.0)
     answer = tl.sum(factor[:, None] * acc, axis=0) / tl.where(l_i > 0, l_i, 1.0)
     to = out + query_row.to(tl.int64) * out_stride + head * out_head_stride + channel
     tl.store(to, answer.to(out.dtype.element_ty), mask=channel < SIZE)
@@ -115,9 +219,9 @@ def _combine(
 
 def decode(
     query: torch.Tensor,
-    query_rows: torch.Tensor,
+    query_rows: torch.Tensor | None,
     kv_rows: torch.Tensor,
-    keys: KeyLists,
+    rows: RowLists,
     cos_sin_cache: torch.Tensor,
     scale: float,
     out: torch.Tensor,
@@ -129,38 +233,46 @@ def decode(
 
     Args:
         query: [R, heads, head_size], rotated to their positions.
-        query_rows: int32 [requests], live row of each request's query, -1 for requests to leave out.
+        query_rows: int32 [requests], live row of each request's query, -1 for requests to leave out; None
+            where request r's is row r.
         kv_rows: [rows, kv_heads, 2 * head_size], key then value of every KV row.
-        keys: the requests' virtual keys; where there are none the answer is 0.
+        rows: the requests' keys by stored row; where there are none the answer is 0.
         cos_sin_cache: float32 [positions, head_size], cosines then sines.
         scale: factor on the scores.
-        out: [R, heads, head_size]; the rows of ``query_rows`` are written.
+        out: [R, heads, head_size]; the rows of the queries are written.
 
     """
-    requests, heads, size = query_rows.shape[0], query.shape[1], query.shape[2]
-    kv_heads = kv_rows.shape[1]
-    group = heads // kv_heads
-    splits = split_count(requests * kv_heads, keys.kv_row_index.shape[1], _processors(query.device))
-    part_m, part_l = torch.empty(2, requests, heads, splits, dtype=torch.float32, device=query.device)
-    part_acc = torch.empty(requests, heads, splits, size, dtype=torch.float32, device=query.device)
-    half_pad = max(16, triton.next_power_of_2(size // 2))
-    _decode[(requests, kv_heads, splits)](
-        query, query_rows, kv_rows, keys.kv_row_index, keys.rope_pos, keys.count, cos_sin_cache,
-        part_m, part_l, part_acc, scale, query.stride(0), query.stride(1),
-        kv_rows.stride(0), kv_rows.stride(1), keys.kv_row_index.stride(0),
-        GROUP=group, GROUP_PAD=1 if group == 1 else max(16, triton.next_power_of_2(group)),
-        HALF=size // 2, HALF_PAD=half_pad, TILE=_TILE, SPLITS=splits, DOT=dot_type(kv_rows.dtype),
+    heads, size = query.shape[1:]
+    requests = rows.text_count.shape[0]
+    per_program = min(_HEADS, triton.next_power_of_2(heads))
+    blocks = triton.cdiv(heads, per_program)
+    splits = split_count(requests * blocks, rows.position.shape[1], _processors(query.device))
+    parts = (requests, heads, splits) if splits > 1 else (0, heads, 1)
+    part_m, part_l = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
+    part_acc = torch.empty(*parts, size, dtype=torch.float32, device=query.device)
+    listed = query_rows is not None
+    given_rows = rows.text_count if query_rows is None else query_rows
+    _decode[(requests, blocks, splits)](
+        query, given_rows, kv_rows, rows.text_row, rows.text_count, rows.segment_row, rows.segment_start,
+        rows.segment_count, rows.position, cos_sin_cache, part_m, part_l, part_acc, out, scale * _LOG2_E,
+        query.stride(0), query.stride(1), kv_rows.stride(0), kv_rows.stride(1), out.stride(0), out.stride(1),
+        rows.text_row.stride(0), heads,
+        LISTED=listed, GROUP=heads // kv_rows.shape[1], HEADS=per_program, HALF=size // 2,
+        HALF_PAD=max(16, triton.next_power_of_2(size // 2)), TILE=_TILE, FINE=_FINE, SPLITS=splits,
+        STAGES=_STAGES,
     )  # fmt: skip
-    _combine[(requests, heads)](
-        query_rows, keys.count, part_m, part_l, part_acc, out, out.stride(0), out.stride(1),
-        SIZE=size, SIZE_PAD=triton.next_power_of_2(size), SPLITS=splits,
-    )  # fmt: skip
+    if splits > 1:
+        _combine[(requests, heads)](
+            given_rows, part_m, part_l, part_acc, out, out.stride(0), out.stride(1),
+            LISTED=listed, SIZE=size, SIZE_PAD=triton.next_power_of_2(size), SPLITS=splits,
+        )  # fmt: skip
 
 
 def split_count(programs: int, width: int, processors: int) -> int:
-    """Parts each request's keys are cut into: a power of two that gives every multiprocessor two programs."""
-    wanted = triton.next_power_of_2(triton.cdiv(2 * processors, max(programs, 1)))
-    return max(1, min(wanted, _MOST_SPLITS, triton.next_power_of_2(triton.cdiv(width, _TILE))))
+    """Parts each request's rows are cut into: a power of two that fills the multiprocessors once."""
+    wanted = max(1, _PROGRAMS * processors // max(programs, 1))
+    most = triton.next_power_of_2(triton.cdiv(width, 4 * _TILE))
+    return min(1 << wanted.bit_length() - 1, _MOST_SPLITS, most)
 
 
 def dot_type(dtype: torch.dtype) -> tl.dtype:

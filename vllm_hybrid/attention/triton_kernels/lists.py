@@ -1,4 +1,4 @@
-"""Virtual keys and queries as lists of one length, which threads can cut anywhere."""
+"""A request's keys and a step's queries as lists of one length, which threads can cut anywhere."""
 
 from __future__ import annotations
 
@@ -10,28 +10,75 @@ from vllm_hybrid.attention.interface import KeyIndex
 
 
 @dataclass
+class RowLists:
+    """The stored rows of a batch, text and image rows apart: what a decode reads, each row once.
+
+    A *segment* is an image row with up to :data:`SEGMENT` of the positions it stands at; a row of more has
+    several. Positions lie in the order of their segments (compressed sparse rows). Text rows are stored
+    rotated, so they have neither positions nor angles. What stands behind a count is undefined.
+
+    Attributes:
+        text_row: int32 [requests, width], KV row of each text key.
+        text_count: int32 [requests].
+        segment_row: int32 [requests, width], KV row of each segment.
+        segment_start: int32 [requests, width + 1], where a segment's positions begin; the entry behind the
+            last segment is where they end.
+        segment_count: int32 [requests].
+        position: int32 [requests, width], virtual positions of the image rows.
+
+    """
+
+    text_row: torch.Tensor
+    text_count: torch.Tensor
+    segment_row: torch.Tensor
+    segment_start: torch.Tensor
+    segment_count: torch.Tensor
+    position: torch.Tensor
+
+
+SEGMENT = 8
+"""Most positions of a segment. Rows of a tile wait for the one with the most positions, which asks for few;
+each segment reads its row's key and value, which asks for many."""
+
+
+@dataclass
 class KeyLists(KeyIndex):
-    """Virtual keys of a batch in buffers of fixed size, ascending by virtual position.
+    """Virtual keys of a batch in buffers of fixed size: by stored row, and by virtual position, ascending.
 
     Position 0 rotates nothing, so rotating every key to its position is right for text too.
 
     Attributes:
-        kv_row_index: int32 [requests, width], KV row (block * kv_rows_per_block + offset) a key is read from.
+        rows: the keys by stored row.
+        kv_row_index: int32 [requests, width], KV row (block * kv_rows_per_block + offset) a key is read from;
+            width is 0 in a step of decodes alone, which needs no list by position.
         rope_pos: int32 [requests, width], position a stored key is rotated to; 0 for text, stored rotated.
         count: int32 [requests], virtual keys; what stands behind them is undefined. Negative where a page
             held another request's data: such a request has no keys.
 
     """
 
+    rows: RowLists
     kv_row_index: torch.Tensor
     rope_pos: torch.Tensor
     count: torch.Tensor
 
 
-def new_key_lists(requests: int, width: int, device: torch.device) -> KeyLists:
+def new_key_lists(requests: int, width: int, by_position: bool, device: torch.device) -> KeyLists:
     """Room for the lists of ``requests`` requests of up to ``width`` virtual positions."""
-    kv_row_index, rope_pos = torch.empty(2, requests, width, dtype=torch.int32, device=device)
-    return KeyLists(kv_row_index, rope_pos, torch.empty(requests, dtype=torch.int32, device=device))
+
+    def room(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    rows = RowLists(
+        text_row=room(requests, width),
+        text_count=room(requests),
+        segment_row=room(requests, width),
+        segment_start=room(requests, width + 1),
+        segment_count=room(requests),
+        position=room(requests, width),
+    )
+    listed = width if by_position else 0
+    return KeyLists(rows, room(requests, listed), room(requests, listed), room(requests))
 
 
 @dataclass
