@@ -11,6 +11,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 from unittest import mock  # noqa: E402
 
 import pytest  # noqa: E402
@@ -22,6 +23,7 @@ from triton.runtime.errors import InterpreterError  # noqa: E402
 from tests.support import attention_world as shared  # noqa: E402
 from tests.support import kernel_memory  # noqa: E402
 from tests.support.attention_world import PATCHES, World  # noqa: E402
+from tests.support.step_trace import trace_step  # noqa: E402
 from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
 from vllm_hybrid.attention import gpu  # noqa: E402
 from vllm_hybrid.attention.interface import VirtualKeys  # noqa: E402
@@ -36,9 +38,13 @@ from vllm_hybrid.attention.triton_kernels.lists import (  # noqa: E402
 )
 from vllm_hybrid.kv import page_facts  # noqa: E402
 from vllm_hybrid.method import row_plan  # noqa: E402
+from vllm_hybrid.models.step import Step, TierPages, store_facts_and_plan  # noqa: E402
 
 patch_once_a_launch()
 GPU = gpu.GpuAttention()
+
+# What makes tensors, or other views of them, and gives a device nothing to do.
+NO_LAUNCH = ("aten.empty", "aten.slice", "aten.select", "aten.view", "aten.unbind", "aten.detach")
 
 SHAPES = shared.SHAPES | {"odd head": (4, 1, 80, 3), "groups of three": (3, 1, 32, 6)}
 
@@ -245,6 +251,34 @@ def test_a_captured_decode_writes_every_row(seed: int) -> None:
     GPU.attend(query, world.rows, attention, world.cos_sin_cache, world.scale, out)
     assert not out[:real].isnan().any() and out[:real].any()
     assert torch.equal(out[real:], torch.zeros_like(out[real:]))
+
+
+def test_a_step_of_decodes_is_planned_by_one_kernel_for_each_tier(seed: int) -> None:
+    world = World(2, 2, 64, 5, [PATCHES + 12, PATCHES + 30], [[4], [2]], [[11], [23]])
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
+    _, key, value = shared.random_rows(world, plan.rows.shape[0])
+    world.store(plan, key, value, GPU)
+    last = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
+    last[plan.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    given = shared.decode_step(world, plan, last)
+    pages = TierPages(PATCHES, world.facts, world.block_size, world.step)
+    common = SimpleNamespace(
+        query_start_loc=given.query_start_loc,
+        block_table_tensor=given.block_table,
+        seq_lens=given.seq_lens,
+        slot_mapping=given.slots,
+    )
+    foreign = torch.ones(2, 8, dtype=torch.bool)
+    text_rows = row_plan.plan_text_rows(100)
+    with trace_step() as trace:
+        step = Step(given.positions, [0, 1, 2], None, text_rows)
+        rows = step.lower_rows()
+        for tier in range(2):
+            store_facts_and_plan(step, rows, common, pages, foreign[tier], GPU)  # type: ignore[arg-type]
+    moving = [each for each in trace.operations if not each.startswith(NO_LAUNCH)]
+    assert len(moving) == 2 and all(each.startswith("_key_index ") for each in moving)
+    assert trace.waits == []
+    assert not foreign[:, :2].any()
 
 
 def test_a_decode_with_a_page_of_another_request_is_flagged(seed: int) -> None:

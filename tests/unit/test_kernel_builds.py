@@ -29,23 +29,23 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-# Most registers per thread. They leave room for two blocks of prefill and three of decode on a multiprocessor
+# Most registers per thread. They leave room for two blocks of prefill and four of decode on a multiprocessor
 # whichever of Triton 3.6.0, 3.7.1 and 3.9.0 compiles. One block reads one request: there, nothing else wants
 # the room.
 MOST_REGISTERS = {
     "combine": 40,
-    "decode": 160,
+    "decode": 128,
     "log_sum": 96,
     "mean": 40,
     "prefill": 248,
     "probabilities": 104,
     "sum": 32,
-    "key_index": 224,
+    "key_index": 248,
     "write": 40,
 }
-FEWEST_BLOCKS = {"decode": 3, "prefill": 2, "key_index": 2}
+FEWEST_BLOCKS = {"decode": 4, "prefill": 2, "key_index": 1}
 # Bytes of a block; a multiprocessor of sm_80 grants 163 KiB to one, of sm_90 227.
-MOST_SHARED = {"combine": 4096, "decode": 32768, "prefill": 49152}
+MOST_SHARED = {"combine": 8192, "decode": 8192, "prefill": 49152}
 GATHERING = {"decode", "prefill", "log_sum", "probabilities"}
 
 
@@ -96,9 +96,6 @@ def test_attention_multiplies_on_tensor_cores(builds: list[Build]) -> None:
     for one in builds:
         if one.kernel == "prefill":
             assert one.products == ("wgmma" if one.architecture == 90 else "mma.sync"), one
-        elif one.kernel == "decode":
-            # A single query is a matrix of one row: no tensor core is of use.
-            assert one.products == ("" if one.heads == SHAPES[0].name else "mma.sync"), one
 
 
 def test_pages_are_read_16_bytes_at_a_time(builds: list[Build]) -> None:

@@ -12,6 +12,7 @@ from benchmarks.gpu.prediction.cost_model import (
     asked_by_decode,
     asked_by_prefill,
     causal_pairs,
+    key_bytes,
 )
 from vllm_hybrid.kv.page_facts import fact_words
 
@@ -50,13 +51,15 @@ def floors(
     key_index = Floor(requests * stored * fact_words(patches) * 4 + lists, 0)
     if decodes:
         read = requests * (stored * row + 2 * query_row) + lists
-        asked = requests * asked_by_decode(shape, virtual, patches) + heads.kv_heads * lists
+        text_rows, rows = requests * (text + decodes), requests * live
+        asked = asked_by_decode(shape, requests, text_rows, rows, requests * patches)
+        asked += 2 * requests * query_row
         return {"key_index": key_index, "decode": Floor(read, requests * virtual * pair, asked)}
     copies = requests * virtual * query_row
     rows = requests * stored
     # Read: the live row and position of each; written: row, position, order by row; starts of live rows.
     query_lists = requests * virtual * (8 + 8 + 12) + rows * (8 + 4)
-    keys = asked_by_decode(shape, virtual, patches)
+    keys = heads.kv_heads * key_bytes(shape, virtual, patches)
     return {
         "key_index": key_index,
         "queries": Floor(query_lists, 0),

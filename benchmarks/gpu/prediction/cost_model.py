@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from vllm_hybrid.attention.triton_kernels.lists import SEGMENT  # noqa: E402
 from vllm_hybrid.method.fastv import live_to_kept  # noqa: E402
 from vllm_hybrid.tools.calibrate import live_schedule  # noqa: E402
 
@@ -43,8 +44,7 @@ class Gpu:
         bandwidth_share: assumed share of the bandwidth that weights and KV are read with.
         stock_layer_passes: assumed times that a decoder layer reads or writes its rows, in units of the
             width, between its products: norms, rotation, KV writes, activation; counted as if unfused.
-        hybrid_layer_passes: the same of the hybrid, which joins K and V before it writes them. On top come
-            the copies of virtual queries, counted.
+        hybrid_layer_passes: the same of the hybrid. On top come the copies of virtual queries, counted.
         tower_layer_passes: the same of a tower layer without merging.
         merge_passes: the same, further, of a layer that merges: padding, the metric, features in float32.
         cache_bandwidth: assumed bytes per second that multiprocessors get from the L2 cache.
@@ -68,7 +68,7 @@ class Gpu:
     tower_attention_share: float = 0.30
     bandwidth_share: float = 0.80
     stock_layer_passes: int = 24
-    hybrid_layer_passes: int = 32
+    hybrid_layer_passes: int = 24
     tower_layer_passes: int = 20
     merge_passes: int = 25
     cache_bandwidth: float = 5.5e12
@@ -249,9 +249,35 @@ def asked_by_prefill(shape: Shape, positions: float, rotated_share: float, tile:
     return shape.heads * key_bytes(shape, seen, rotated_share * seen)
 
 
-def asked_by_decode(shape: Shape, positions: float, rotated: float) -> float:
-    """Bytes asked of the caches by one query: every virtual key once, ``rotated`` of them rotated."""
-    return shape.kv_heads * key_bytes(shape, positions, rotated)
+# Of the decode kernel, triton_kernels/decode.py: query heads of a program, and positions between two
+# coarse rows of its cosines and sines.
+DECODE_HEADS = 4
+FINE_POSITIONS = 32
+
+
+def asked_by_decode(
+    shape: Shape, requests: int, text: float, rows: float = 0.0, positions: float = 0.0
+) -> float:
+    """Bytes that decodes ask of the cache behind the multiprocessors' own.
+
+    A text row's key and value are asked for once, an image row's once for every SEGMENT of its positions,
+    taken as if each row's last segment were begun. Each program asks once for the rows of the table of
+    cosines and sines that its positions are made of; they stay in the multiprocessor's own cache.
+
+    Args:
+        shape: the model.
+        requests: that decode.
+        text: stored text rows of all; in stock all rows.
+        rows: stored image rows of all.
+        positions: virtual positions of the image rows.
+
+    """
+    segments = rows + positions / SEGMENT
+    table_rows = requests * FINE_POSITIONS + positions / FINE_POSITIONS if rows else 0.0
+    lists = 4 * text + 8 * segments + 4 * positions
+    programs = shape.heads / DECODE_HEADS
+    rotating = programs * (table_rows * shape.head_size * COS_SIN_BYTES + lists) if rows else 0.0
+    return (text + segments) * shape.token_kv_bytes + rotating
 
 
 # KV memory: exactly the blocks that vLLM's managers hold once the step after the prefill has run.
@@ -380,10 +406,13 @@ def decoder_time(shape: Shape, engine: Engine, work: Work, gpu: Gpu) -> float:
         )
         # A decode reads every stored row once from memory, however many positions it stands at.
         stored = text_stored + len(work.decodes) * image_rows
-        keys = text_stored + len(work.decodes) * image_positions
+        asking = len(work.decodes)
+        asked_rows = (
+            (text_stored, asking * image_rows, asking * image_positions) if reduction.active else (stored,)
+        )
         read = max(
             stored * shape.token_kv_bytes / (gpu.bandwidth * gpu.bandwidth_share),
-            asked_by_decode(shape, keys, rotated * len(work.decodes)) / gpu.cache_bandwidth,
+            asked_by_decode(shape, asking, *asked_rows) / gpu.cache_bandwidth,
         )
         # An active engine also writes and reads a copy of the row per virtual query of a prompt.
         passes = gpu.hybrid_layer_passes if reduction.active else gpu.stock_layer_passes

@@ -28,10 +28,11 @@ import triton.language as tl
 from vllm_hybrid.attention.triton_kernels.lists import RowLists
 
 _TILE = 4
-_STAGES = 3
 _HEADS = 4
 _FINE = 32
 _MOST_SPLITS = 32
+# Beside prompts, which fill the device, any number of parts will do; one, so that one kernel is compiled.
+_LISTED_SPLITS = 4
 # Programs for each multiprocessor, as many as its registers hold.
 _PROGRAMS = 4
 # Multiprocessors to fill where the device does not say.
@@ -43,42 +44,50 @@ _LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _halves(base, rows, row_stride, there, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
-    """Both halves, as stored, [TILE, HEADS, HALF_PAD], of what lies at base [1, HEADS, 1] in some rows."""
-    channel = tl.arange(0, HALF_PAD)[None, None, :]
-    at = base + rows.to(tl.int64)[:, None, None] * row_stride + channel
-    mask = there & (channel < HALF)
-    return tl.load(at, mask=mask, other=0.0), tl.load(at + HALF, mask=mask, other=0.0)
+def _load(at, channel, there, HALF: tl.constexpr, HALF_PAD: tl.constexpr, MASKED: tl.constexpr):
+    """What lies at some addresses [TILE, HEADS, HALF_PAD]; zero at channels and heads that are not there."""
+    if MASKED:
+        return tl.load(at, mask=there & (channel < HALF), other=0.0)
+    return tl.load(at)
 
 
 @triton.jit
-def _segments(segment_row, segment_start, at, end, TILE: tl.constexpr):
-    """KV row, first member and members of a tile of segments; none where there is no segment."""
-    number = at + tl.arange(0, TILE)
-    inside = number < end
-    row = tl.load(segment_row + number, mask=inside, other=0)
-    first = tl.load(segment_start + number, mask=inside, other=0)
-    return row, first, tl.load(segment_start + number + 1, mask=inside, other=0) - first
+def _halves(
+    base, rows, row_stride, real, HALF: tl.constexpr, HALF_PAD: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Both halves, as stored, [TILE, HEADS, HALF_PAD], of what lies at base [1, HEADS, 1] in some rows."""
+    channel = tl.arange(0, HALF_PAD)[None, None, :]
+    at = base + rows.to(tl.int64)[:, None, None] * row_stride + channel
+    there = real[None, :, None]
+    first = _load(at, channel, there, HALF, HALF_PAD, MASKED)
+    return first, _load(at + HALF, channel, there, HALF, HALF_PAD, MASKED)
+
+
+@triton.jit
+def _segments(segment_row, segment_start, number):
+    """KV row, first member and members of some segments."""
+    first = tl.load(segment_start + number)
+    return tl.load(segment_row + number), first, tl.load(segment_start + number + 1) - first
 
 
 @triton.jit
 def _angles(
-    pos, there, cos_sin_cache,
-    FINE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
+    pos, real, cos_sin_cache, FINE: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Cosines and sines, float32 [TILE, HEADS, HALF_PAD] each, of some positions, by the sum of two angles.
 
     Each head asks for its own, all for the same addresses: so they lie in registers as keys do.
     """
-    head = tl.arange(0, HEADS)[None, :, None]
     channel = tl.arange(0, HALF_PAD)[None, None, :]
-    mask = there[:, None, None] & (channel < HALF) & (head >= 0)
-    coarse = cos_sin_cache + (pos // FINE * FINE)[:, None, None] * (2 * HALF) + channel + head * 0
-    fine = cos_sin_cache + (pos % FINE)[:, None, None] * (2 * HALF) + channel + head * 0
-    cos1 = tl.load(coarse, mask=mask, other=0.0)
-    sin1 = tl.load(coarse + HALF, mask=mask, other=0.0)
-    cos0 = tl.load(fine, mask=mask, other=0.0)
-    sin0 = tl.load(fine + HALF, mask=mask, other=0.0)
+    there = real[None, :, None]
+    everywhere = channel + there.to(tl.int32) * 0
+    coarse = cos_sin_cache + (pos // FINE * FINE)[:, None, None] * (2 * HALF) + everywhere
+    fine = cos_sin_cache + (pos % FINE)[:, None, None] * (2 * HALF) + everywhere
+    cos1 = _load(coarse, channel, there, HALF, HALF_PAD, MASKED)
+    sin1 = _load(coarse + HALF, channel, there, HALF, HALF_PAD, MASKED)
+    cos0 = _load(fine, channel, there, HALF, HALF_PAD, MASKED)
+    sin0 = _load(fine + HALF, channel, there, HALF, HALF_PAD, MASKED)
     return cos1 * cos0 - sin1 * sin0, sin1 * cos0 + cos1 * sin0
 
 
@@ -108,7 +117,7 @@ def _decode(
     kv_head_stride, out_stride, out_head_stride, width, heads,
     LISTED: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     HALF_PAD: tl.constexpr, TILE: tl.constexpr, FINE: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     split = tl.program_id(2)
@@ -135,44 +144,50 @@ def _decode(
     l_i = tl.zeros([TILE, HEADS], tl.float32)
     acc1 = tl.zeros([TILE, HEADS, HALF_PAD], tl.float32)
     acc2 = tl.zeros([TILE, HEADS, HALF_PAD], tl.float32)
+    # Entries past a part's end stand for its last one and weigh nothing, so that no load needs a mask.
+    within = tl.arange(0, TILE)
     begin, end = _part(tl.load(text_count + request), split, TILE, SPLITS)
-    for at in tl.range(begin, end, TILE, num_stages=STAGES):
-        number = at + tl.arange(0, TILE)
-        inside = number < end
-        row = tl.load(text_row + number, mask=inside, other=0)
-        there = inside[:, None, None] & real[None, :, None]
-        k1, k2 = _halves(key, row, kv_row_stride, there, HALF, HALF_PAD)
-        v1, v2 = _halves(key + 2 * HALF, row, kv_row_stride, there, HALF, HALF_PAD)
-        along = q1 * k1.to(tl.float32) + q2 * k2.to(tl.float32)
-        score = tl.where(inside[:, None], tl.sum(along, axis=2), _LOWEST)
-        seen = tl.where(inside, 1.0, 0.0)[:, None] + tl.zeros_like(score)
-        m_i, l_i, acc1, acc2 = _add_rows(m_i, l_i, acc1, acc2, score, seen, v1, v2)
+    if begin < end:
+        row = tl.load(text_row + tl.minimum(begin + within, end - 1))
+        next_k1, next_k2 = _halves(key, row, kv_row_stride, real, HALF, HALF_PAD, MASKED)
+        next_v1, next_v2 = _halves(key + 2 * HALF, row, kv_row_stride, real, HALF, HALF_PAD, MASKED)
+        next_row = tl.load(text_row + tl.minimum(begin + TILE + within, end - 1))
+        for at in range(begin, end, TILE):
+            k1, k2, v1, v2 = next_k1, next_k2, next_v1, next_v2
+            # What comes next is asked for before this tile is worked on, its rows a tile earlier still.
+            next_k1, next_k2 = _halves(key, next_row, kv_row_stride, real, HALF, HALF_PAD, MASKED)
+            next_v1, next_v2 = _halves(key + 2 * HALF, next_row, kv_row_stride, real, HALF, HALF_PAD, MASKED)
+            next_row = tl.load(text_row + tl.minimum(at + 2 * TILE + within, end - 1))
+            inside = (at + within < end)[:, None]
+            score = tl.sum(q1 * k1.to(tl.float32) + q2 * k2.to(tl.float32), axis=2)
+            score = tl.where(inside, score, _LOWEST)
+            seen = tl.where(inside, 1.0, 0.0) + tl.zeros_like(score)
+            m_i, l_i, acc1, acc2 = _add_rows(m_i, l_i, acc1, acc2, score, seen, v1, v2)
     begin, end = _part(tl.load(segment_count + request), split, TILE, SPLITS)
-    next_row, next_first, next_held = _segments(segment_row, segment_start, begin, end, TILE)
-    there = (next_held > 0)[:, None, None] & real[None, :, None]
-    next_k1, next_k2 = _halves(key, next_row, kv_row_stride, there, HALF, HALF_PAD)
-    for at in range(begin, end, TILE):
-        row, first, held = next_row, next_first, next_held
-        k1, k2 = next_k1.to(tl.float32), next_k2.to(tl.float32)
-        v1, v2 = _halves(key + 2 * HALF, row, kv_row_stride, there, HALF, HALF_PAD)
-        # The next keys are asked for before this tile's positions are gone through.
-        next_row, next_first, next_held = _segments(segment_row, segment_start, at + TILE, end, TILE)
-        there = (next_held > 0)[:, None, None] & real[None, :, None]
-        next_k1, next_k2 = _halves(key, next_row, kv_row_stride, there, HALF, HALF_PAD)
-        along = q1 * k1 + q2 * k2
-        across = q2 * k1 - q1 * k2
-        m_row = tl.full([TILE, HEADS], _LOWEST, tl.float32)
-        l_row = tl.zeros([TILE, HEADS], tl.float32)
-        for member in range(0, tl.max(held, axis=0)):
-            here = member < held
-            pos = tl.load(position + first + member, mask=here, other=0)
-            cos, sin = _angles(pos, here, cos_sin_cache, FINE, HEADS, HALF, HALF_PAD)
-            score = tl.where(here[:, None], tl.sum(along * cos + across * sin, axis=2), _LOWEST)
-            m_new = tl.maximum(m_row, score)
-            weight = tl.where(here[:, None], tl.exp2(score - m_new), 0.0)
-            l_row = l_row * tl.exp2(m_row - m_new) + weight
-            m_row = m_new
-        m_i, l_i, acc1, acc2 = _add_rows(m_i, l_i, acc1, acc2, m_row, l_row, v1, v2)
+    if begin < end:
+        number = tl.minimum(begin + within, end - 1)
+        next_row, next_first, next_held = _segments(segment_row, segment_start, number)
+        for at in range(begin, end, TILE):
+            row, first = next_row, next_first
+            held = tl.where(at + within < end, next_held, 0)
+            k1, k2 = _halves(key, row, kv_row_stride, real, HALF, HALF_PAD, MASKED)
+            v1, v2 = _halves(key + 2 * HALF, row, kv_row_stride, real, HALF, HALF_PAD, MASKED)
+            number = tl.minimum(at + TILE + within, end - 1)
+            next_row, next_first, next_held = _segments(segment_row, segment_start, number)
+            along = q1 * k1.to(tl.float32) + q2 * k2.to(tl.float32)
+            across = q2 * k1.to(tl.float32) - q1 * k2.to(tl.float32)
+            m_row = tl.full([TILE, HEADS], _LOWEST, tl.float32)
+            l_row = tl.zeros([TILE, HEADS], tl.float32)
+            for member in range(0, tl.max(held, axis=0)):
+                here = (member < held)[:, None]
+                pos = tl.load(position + first + tl.maximum(tl.minimum(member, held - 1), 0))
+                cos, sin = _angles(pos, real, cos_sin_cache, FINE, HALF, HALF_PAD, MASKED)
+                score = tl.where(here, tl.sum(along * cos + across * sin, axis=2), _LOWEST)
+                m_new = tl.maximum(m_row, score)
+                weight = tl.where(here, tl.exp2(score - m_new), 0.0)
+                l_row = l_row * tl.exp2(m_row - m_new) + weight
+                m_row = m_new
+            m_i, l_i, acc1, acc2 = _add_rows(m_i, l_i, acc1, acc2, m_row, l_row, v1, v2)
     m_all = tl.max(m_i, axis=0)
     factor = tl.exp2(m_i - m_all[None, :])
     l_all = tl.sum(l_i * factor, axis=0)
@@ -246,10 +261,13 @@ def decode(
     requests = rows.text_count.shape[0]
     per_program = min(_HEADS, triton.next_power_of_2(heads))
     blocks = triton.cdiv(heads, per_program)
-    splits = split_count(requests * blocks, rows.position.shape[1], _processors(query.device))
+    splits = _LISTED_SPLITS
+    if query_rows is None:
+        splits = split_count(requests * blocks, rows.position.shape[1], _processors(query.device))
     parts = (requests, heads, splits) if splits > 1 else (0, heads, 1)
     part_m, part_l = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
     part_acc = torch.empty(*parts, size, dtype=torch.float32, device=query.device)
+    half_pad = max(16, triton.next_power_of_2(size // 2))
     listed = query_rows is not None
     given_rows = rows.text_count if query_rows is None else query_rows
     _decode[(requests, blocks, splits)](
@@ -258,8 +276,8 @@ def decode(
         query.stride(0), query.stride(1), kv_rows.stride(0), kv_rows.stride(1), out.stride(0), out.stride(1),
         rows.text_row.stride(0), heads,
         LISTED=listed, GROUP=heads // kv_rows.shape[1], HEADS=per_program, HALF=size // 2,
-        HALF_PAD=max(16, triton.next_power_of_2(size // 2)), TILE=_TILE, FINE=_FINE, SPLITS=splits,
-        STAGES=_STAGES,
+        HALF_PAD=half_pad, TILE=_TILE, FINE=_FINE, SPLITS=splits,
+        MASKED=half_pad != size // 2 or heads % per_program != 0,
     )  # fmt: skip
     if splits > 1:
         _combine[(requests, heads)](
