@@ -36,6 +36,7 @@ from vllm_hybrid.attention.triton_kernels.lists import (  # noqa: E402
     new_key_lists,
     query_lists,
 )
+from vllm_hybrid.attention.triton_kernels.write import write  # noqa: E402
 from vllm_hybrid.kv import page_facts  # noqa: E402
 from vllm_hybrid.method import row_plan  # noqa: E402
 from vllm_hybrid.models.step import Step, TierPages, store_facts_and_plan  # noqa: E402
@@ -306,6 +307,45 @@ def test_a_decode_with_a_page_of_another_request_is_flagged(seed: int) -> None:
 def test_decodes_in_half_precision(heads: tuple[int, int, int], dtype: torch.dtype, seed: int) -> None:
     world = World(*heads, 8, [PATCHES + 12, 30], [[4], []], [[11], []])
     shared.check_decodes(world, GPU, dtype)
+
+
+def test_fp8_pages_hold_the_nearest_numbers(seed: int) -> None:
+    """All numbers of FP8, some between them, and some beyond."""
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    values = codes[~codes.isnan()].sort().values
+    between = values[:-1] + values.diff() * torch.rand(len(values) - 1)
+    extremes = torch.tensor([-1e30, -500.0, 449.0, 1e30])
+    given = torch.cat([values, between, extremes]).bfloat16()[:508].view(2, 2, 127)
+    pages = torch.zeros(5, 2, 254).to(torch.float8_e4m3fn)
+    write(given, -given, pages, torch.tensor([3, 1]))
+    wanted = given.clamp(-448, 448).to(torch.float8_e4m3fn)
+    for row, place in ((0, 3), (1, 1)):
+        assert torch.equal(pages[place, :, :127].float(), wanted[row].float())
+        assert torch.equal(pages[place, :, 127:].float(), -wanted[row].float())
+    assert not pages[[0, 2, 4]].float().any()
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 64), (2, 2, 128), (4, 1, 80)])
+def test_decodes_from_fp8_pages(shape: tuple[int, int, int], seed: int) -> None:
+    """The answer is the full one of the numbers that FP8 keeps; against unrounded ones it is off a little."""
+    world = World(*shape, 8, [PATCHES + 12, 30], [[4], []], [[11], []])
+    world.rows = world.rows.clamp(-448, 448).to(torch.float8_e4m3fn)
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
+    query, key, value = shared.random_rows(world, plan.rows.shape[0])
+    # Image keys are stored unrotated, so that what is kept of them is known; text keys are kept exactly.
+    world.store(plan, key, value, GPU)
+    last = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
+    last[plan.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    attention = GPU.plan_decodes(shared.decode_step(world, plan, last), torch.zeros(2, dtype=torch.bool))
+    given = shared.rotated_queries(world, plan, query)[last]
+    exact, rounded = torch.empty_like(given), torch.empty_like(given)
+    GPU.attend(given, world.rows, attention, world.cos_sin_cache, world.scale, rounded)
+    GPU.attend(given, world.rows.float(), attention, world.cos_sin_cache, world.scale, exact)
+    torch.testing.assert_close(rounded, exact, atol=2e-5, rtol=1e-4)
+    for request in range(2):
+        rows, positions = world.members(plan, request)
+        wanted = shared.reference.vtu_attention(query[rows], key[rows], value[rows], positions, shared.THETA)
+        assert (rounded[request] - wanted[-1]).abs().max() < 0.25
 
 
 def test_decodes_repeat_to_the_bit_whatever_stands_beside_them(seed: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -20,7 +21,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.registry import register_backend
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, get_kv_quant_mode
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_hybrid.attention.interface import AttentionPlan, KeyIndex, as_kv_rows
@@ -64,6 +65,14 @@ class HybridBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
+        "auto",
+        "float32",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+    ]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
@@ -146,8 +155,15 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
             output[rows:].zero_()
             query, key, value, out = (x[:rows] for x in (query, key, value, output))
         kv_rows, _ = as_kv_rows(kv_cache)
+        k_scale, v_scale = layer._k_scale_float, layer._v_scale_float
+        if k_scale != 1:
+            key = key / k_scale
+        if v_scale != 1:
+            value = value / v_scale
         self.ops.write_pages(key, value, kv_rows, plan.batch.kv_row_index)
-        self.ops.attend(query, kv_rows, plan, cos_sin_cache, self.scale, out)
+        self.ops.attend(query, kv_rows, plan, cos_sin_cache, self.scale * k_scale, out)
+        if v_scale != 1:
+            out.mul_(v_scale)
         return output
 
 
@@ -169,4 +185,5 @@ class HybridAttention(Attention):
             head_size=self.head_size,
             head_size_v=self.head_size_v,
             dtype=self.kv_cache_torch_dtype,
+            kv_quant_mode=get_kv_quant_mode(self.kv_cache_dtype),
         )

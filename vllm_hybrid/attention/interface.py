@@ -306,7 +306,7 @@ def as_kv_rows(kv_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
 
     Args:
         kv_cache: the layer's view [blocks, kv_heads, block_size, 2 * head_size] of a cache in which the
-            block is outermost and a slot's heads lie together (layout BLNHC).
+            block is outermost and a slot's heads lie together (layout BLNHC). Bytes are float8_e4m3fn.
 
     Returns:
         KV rows [rows, kv_heads, 2 * head_size], a view whose row ``block * kv_rows_per_block + offset`` is
@@ -326,7 +326,8 @@ def as_kv_rows(kv_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
         )
     step = block_stride // slot
     rows = (blocks - 1) * step + block_size
-    return kv_cache.as_strided((rows, heads, width), (slot, width, 1), kv_cache.storage_offset()), step
+    found = kv_cache.as_strided((rows, heads, width), (slot, width, 1), kv_cache.storage_offset())
+    return found.view(torch.float8_e4m3fn) if found.dtype == torch.uint8 else found, step
 
 
 def kv_row_index(slots: torch.Tensor, block_size: int, kv_rows_per_block: int) -> torch.Tensor:

@@ -12,6 +12,11 @@ from vllm_hybrid.attention.interface import AttentionOps, AttentionPlan, KeyInde
 
 IMPLEMENTATION_ENV = "VLLM_HYBRID_ATTENTION"
 
+# What --kv-cache-dtype may say. FP8 is float8_e4m3fn, which hardware converts from sm_89 on.
+_FLOATS = ("auto", "float16", "bfloat16", "float32")
+_FP8 = ("fp8", "fp8_e4m3")
+_FP8_CAPABILITY = 89
+
 # What an implementation makes is only ever given back to itself, so its users see the bases.
 AnyAttentionOps = AttentionOps[KeyIndex, AttentionPlan[KeyIndex]]
 
@@ -44,6 +49,17 @@ IMPLEMENTATIONS: dict[str, Callable[[], AttentionOps[Any, Any]]] = {
 }
 
 
+def _name() -> str:
+    return os.environ.get(IMPLEMENTATION_ENV, "cpu" if current_platform.is_cpu() else "triton")
+
+
+def serves_kv_dtype(cache_dtype: str) -> bool:
+    """Whether the implementation of this process reads and writes a KV cache of one of vLLM's dtypes."""
+    if cache_dtype in _FP8 and _name() == "triton":
+        return current_platform.is_cpu() or current_platform.has_device_capability(_FP8_CAPABILITY)
+    return cache_dtype in _FLOATS
+
+
 def select_attention() -> AnyAttentionOps:
     """The implementation VLLM_HYBRID_ATTENTION names; where it is not set, the platform's.
 
@@ -52,7 +68,7 @@ def select_attention() -> AnyAttentionOps:
         RuntimeError: the CPU's cannot be compiled.
 
     """
-    name = os.environ.get(IMPLEMENTATION_ENV, "cpu" if current_platform.is_cpu() else "triton")
+    name = _name()
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"{IMPLEMENTATION_ENV}={name!r} is not an implementation; use one of {sorted(IMPLEMENTATIONS)}"

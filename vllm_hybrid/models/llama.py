@@ -350,7 +350,8 @@ class HybridLlamaModel(nn.Module):
         attention = self.layers[self.hybrid.fastv_layer - 1].self_attn
         query = query[: plan.batch.kv_row_index.shape[0]].unflatten(-1, (attention.num_heads, -1))
         kv_rows, _ = as_kv_rows(attention.attn.kv_cache)
-        return self.attention_ops.importance(query, kv_rows, plan, self._cos_sin_cache, attention.scaling)
+        scale = attention.scaling * attention.attn._k_scale_float
+        return self.attention_ops.importance(query, kv_rows, plan, self._cos_sin_cache, scale)
 
     def _forward_live_rows(
         self, step: Step, metadata: list[HybridMetadata], hidden_states: torch.Tensor

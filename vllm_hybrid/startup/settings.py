@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
+from vllm_hybrid.attention.select import serves_kv_dtype
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE, check_format, check_shape, merging_layers, read_config
 from vllm_hybrid.checkpoint.weights import check_weights
 from vllm_hybrid.config import PROMPT_END, TURN_END, HybridConfig
@@ -222,8 +223,12 @@ def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[s
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
         "micro-batching (--enable-dbo, --ubatch-size)": bool(parallel.use_ubatching),
-        f"a quantised KV cache (--kv-cache-dtype {cache.cache_dtype})": cache.cache_dtype
-        not in ("auto", "float16", "bfloat16", "float32"),
+        f"a quantised KV cache (--kv-cache-dtype {cache.cache_dtype}) other than fp8 on a GPU of compute "
+        "capability 8.9 or later": not serves_kv_dtype(cache.cache_dtype),
+        "a KV cache of several dtypes (--kv-cache-dtype-skip-layers)": bool(cache.kv_cache_dtype_skip_layers),
+        "a KV cache with scales for each head (kv_cache_scheme of the checkpoint)": _scales_heads(
+            vllm_config
+        ),
         "prompts given as embeddings (--enable-prompt-embeds)": bool(model.enable_prompt_embeds),
         # Its requests reach the engine unchecked. vLLM's own view of the environment may be frozen.
         f"vLLM's front end in Rust ({RUST_FRONT_END}=1)": os.environ.get(RUST_FRONT_END, "0")
@@ -256,6 +261,11 @@ def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[s
         for feature, is_set in refused.items()
         if is_set
     ]
+
+
+def _scales_heads(vllm_config: VllmConfig) -> bool:
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
+    return scheme is not None and scheme.get("strategy") == "attn_head"
 
 
 def _complete(vllm_config: VllmConfig, hybrid: HybridConfig) -> None:
