@@ -22,6 +22,8 @@ from tests.support.tiny_checkpoints import (
 
 pytestmark = pytest.mark.engine
 TOKENS = 8
+# Requests with a text alone and with a full picture.
+FP8 = (2, 4)
 # The request that loses a page, behind those whose answers are compared.
 LOST = 5
 
@@ -116,10 +118,17 @@ def answers(cases: Cases) -> dict[str, dict[str, Any]]:
     requests = [*cases.work["requests"], lost]
     # Last, since what watches steps stays in the process.
     watched: dict[str, Any] = {"attention": "triton", "watched": True, "requests": requests, "spoiled": LOST}
+    # A choice of tokens to drop may be another one with rounded keys, so nothing is dropped.
+    fp8: dict[str, Any] = {
+        "attention": "triton",
+        "kv_cache_dtype": "fp8",
+        "requests": [cases.work["requests"][number] for number in FP8],
+        "later": [],
+    }
     alone: list[dict[str, Any]] = [{"attention": "cpu"}, {"attention": "reference"}]
-    works = [cases.work | one for one in (*alone, watched)]
+    works = [cases.work | one for one in (*alone, fp8, watched)]
     found = answers_of("tests.support.v2_answers", "ANSWERS ", works)
-    return {answer["attention"]: answer for answer in found}
+    return dict(zip(("cpu", "reference", "fp8", "triton"), found, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +149,22 @@ def test_triton_kernels_in_the_v2_runner_answer_like_the_reference(
 ) -> None:
     answers = interpreted["answers"]
     _check_answers(cases, interpreted | {"answers": answers[:LOST] + answers[LOST + 1 :]})
+
+
+def test_a_kv_cache_in_fp8_answers_nearly_like_the_reference(
+    cases: Cases, answers: dict[str, dict[str, Any]]
+) -> None:
+    result = answers["fp8"]
+    assert result["kv_dtypes"] == ["torch.uint8"]
+    off = []
+    for number, answer in zip(FP8, result["answers"], strict=True):
+        images, text = cases.prompts[number]
+        score = cases.reference.score(
+            cases.reference.prompt_ids(text), cases.images(images), answer["tokens"]
+        )
+        for step, logprobs in enumerate(answer["logprobs"]):
+            off += [abs(p - float(score.distributions[step, int(token)])) for token, p in logprobs.items()]
+    assert 1e-3 < max(off) < 0.2
 
 
 def test_a_request_whose_page_is_another_s_ends_with_an_error_and_alone(interpreted: dict[str, Any]) -> None:

@@ -98,7 +98,16 @@ class World:
 
     def batch(self, plan: RowPlan, where: Tensor, ranking: list[RankingQuery]) -> TierBatch:
         query_start_loc = torch.tensor(self.query_start_loc_cpu, dtype=torch.int32)
-        return TierBatch(plan, self.positions, self.query_start_loc_cpu, query_start_loc, where, ranking)
+        return TierBatch(
+            row_plan=plan,
+            positions=self.positions,
+            query_start_loc_cpu=self.query_start_loc_cpu,
+            query_start_loc=query_start_loc,
+            kv_row_index=where,
+            ranking_queries=ranking,
+            length_bounds=self.lengths,
+            has_images=bool(self.images.counts),
+        )
 
     def ranked_by_last_rows(self) -> list[RankingQuery]:
         """Each request's last row ranks all its images."""
@@ -167,6 +176,14 @@ def kept_images(lower: RowPlan, keep: Tensor) -> int:
     return int((keep & (lower.image >= 0)).sum())
 
 
+def later_step(
+    plan: RowPlan, positions: Tensor, starts: list[int], where: Tensor, lengths: list[int]
+) -> TierBatch:
+    """A step of text of requests that began before."""
+    query_start_loc = torch.tensor(starts, dtype=torch.int32)
+    return TierBatch(plan, positions, starts, query_start_loc, where, [], lengths, has_images=False)
+
+
 def check_attention(world: World, plan: RowPlan, ops: Ops) -> None:
     query, key, value = random_rows(world, plan.rows.shape[0])
     where = world.store(plan, key, value, ops)
@@ -230,8 +247,7 @@ def check_later_steps(world: World, ops: Ops) -> None:
     chosen = list(later)
     lengths = torch.tensor(world.lengths)[chosen]
     keys = ops.build_key_index(world.facts, world.table[chosen], lengths, PATCHES, world.step)
-    query_start_loc = torch.tensor(starts, dtype=torch.int32)
-    batch = TierBatch(step, world.positions[virtual], starts, query_start_loc, rows, [])
+    batch = later_step(step, world.positions[virtual], starts, rows, lengths.tolist())
     given = interface.rotate(query[plan.row_of[virtual]], world.cos_sin_cache[world.positions[virtual]])
     out = torch.full_like(given, torch.nan)
     ops.attend(given, world.rows, ops.plan(batch, keys), world.cos_sin_cache, world.scale, out)

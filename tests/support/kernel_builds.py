@@ -164,6 +164,8 @@ def _step(requests: int, tokens: int) -> TierBatch:
         query_start_loc=torch.tensor(starts, dtype=torch.int32),
         kv_row_index=rows,
         ranking_queries=[RankingQuery(0, tokens - 1, 0)] if tokens > 1 else [],
+        length_bounds=[tokens] * requests,
+        has_images=True,
     )
 
 

@@ -10,14 +10,21 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import ast  # noqa: E402
+import functools  # noqa: E402
+import importlib.util  # noqa: E402
+import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
+from typing import Any  # noqa: E402
 from unittest import mock  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from torch import Tensor  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from tests.support import attention_world as shared  # noqa: E402
@@ -25,11 +32,13 @@ from tests.support import kernel_memory  # noqa: E402
 from tests.support.attention_world import PATCHES, World  # noqa: E402
 from tests.support.step_trace import trace_step  # noqa: E402
 from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
-from vllm_hybrid.attention import gpu  # noqa: E402
-from vllm_hybrid.attention.interface import VirtualKeys  # noqa: E402
+from vllm_hybrid.attention import gpu, interface, prefill  # noqa: E402
+from vllm_hybrid.attention.dense import flash_attention  # noqa: E402
+from vllm_hybrid.attention.interface import TierBatch, VirtualKeys  # noqa: E402
 from vllm_hybrid.attention.reference import build_key_index  # noqa: E402
 from vllm_hybrid.attention.triton_kernels import decode as decode_kernel  # noqa: E402
 from vllm_hybrid.attention.triton_kernels.decode import split_count  # noqa: E402
+from vllm_hybrid.attention.triton_kernels.dense import causal_attention  # noqa: E402
 from vllm_hybrid.attention.triton_kernels.lists import (  # noqa: E402
     SEGMENT,
     RowLists,
@@ -400,6 +409,161 @@ def test_splits_depend_on_shapes_alone() -> None:
     assert split_count(programs=100, width=4096, processors=132) == 4
     assert split_count(programs=8, width=4096, processors=132) == 32
     assert split_count(programs=1, width=20, processors=132) == 2
+
+
+def dense_reference(
+    query: Tensor, key: Tensor, value: Tensor, query_start: list[int], key_start: list[int], scale: float
+) -> Tensor:
+    """What FlashAttention documents of packed sequences: causal, aligned to the last key; 0 without keys."""
+    out = torch.zeros_like(query, dtype=torch.float32)
+    group = query.shape[1] // key.shape[1]
+    stretches = zip(query_start, query_start[1:], key_start, key_start[1:], strict=False)
+    for first, end, first_key, end_key in stretches:
+        q = query[first:end].float()
+        k, v = (x[first_key:end_key].float().repeat_interleave(group, dim=1) for x in (key, value))
+        queries, keys = len(q), len(k)
+        seen = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
+        scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~seen, -torch.inf)
+        out[first:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1).nan_to_num(0), v)
+    return out
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(2, 2, 64), (6, 2, 80), (3, 1, 32), (2, 1, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dense_attention(heads: int, kv_heads: int, size: int, dtype: torch.dtype, seed: int) -> None:
+    # One longer than a tile, one query of many keys, more queries than keys, none of either.
+    queries, keys = [70, 1, 3, 0, 2, 5], [90, 40, 2, 0, 0, 5]
+    queries_at, keys_at = ([0, *torch.tensor(x).cumsum(0).tolist()] for x in (queries, keys))
+    # As a layer has them, heads of a wider row.
+    query = torch.randn(sum(queries), heads + 1, size).to(dtype)[:, :heads]
+    key, value = (torch.randn(sum(keys), kv_heads + 2, size).to(dtype)[:, 1:-1] for _ in range(2))
+    out = torch.full_like(query, torch.nan)
+    query_start, key_start = (torch.tensor(x, dtype=torch.int32) for x in (queries_at, keys_at))
+    causal_attention(query, key, value, query_start, key_start, max(queries), max(keys), 0.2, out)
+    wanted = dense_reference(query, key, value, queries_at, keys_at, 0.2)
+    close = 2e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.float(), wanted, atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("most", [1, PATCHES + 12, 2 * PATCHES])
+def test_prefill_in_groups(world: World, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "SCRATCH_KEYS", most)
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
+    shared.check_attention(world, plan, GPU)
+    shared.check_later_steps(world, GPU)
+
+
+def test_scratch_is_bounded(seed: int) -> None:
+    """No group has more keys than the bound, unless it is one request."""
+    for _ in range(50):
+        bounds = torch.randint(0, 40, (int(torch.randint(1, 12, ())),)).tolist()
+        groups = prefill._cut(bounds, 50)
+        assert [n for first, end in groups for n in range(first, end)] == list(range(len(bounds)))
+        for first, end in groups:
+            assert sum(bounds[first:end]) <= 50 or sum(bound > 0 for bound in bounds[first:end]) == 1
+    # 7B: 16384 rows a step, 4096 positions a request.
+    assert prefill.scratch_bytes(16384, 4096, 32, 32, 128, 2) == 4 * 16384 * 4096 * 2
+
+
+def text_world() -> World:
+    return World(4, 2, 64, 5, [20, 9, 33, 70], [[], [], [], []], [[], [], [], []])
+
+
+def text_step(world: World, rows: list[int]) -> tuple[TierBatch, Tensor, Tensor]:
+    """The step that brings the last rows of each request; the numbers of those rows, and their KV rows."""
+    plan = row_plan.plan_text_rows(world.query_start_loc_cpu[-1])
+    ends = world.query_start_loc_cpu[1:]
+    virtual = torch.cat([torch.arange(end - own, end) for end, own in zip(ends, rows, strict=True)])
+    block, offset = world.slots(plan)
+    where = (block * world.step + offset)[virtual]
+    starts = [0, *torch.tensor(rows).cumsum(0).tolist()]
+    step = row_plan.plan_text_rows(len(virtual))
+    return shared.later_step(step, world.positions[virtual], starts, where, world.lengths), virtual, where
+
+
+def test_prompts_that_begin_attend_to_their_own_rows(seed: int) -> None:
+    """Beside decodes, which read their pages; nothing of the prompts is read from theirs."""
+    world = text_world()
+    plan = row_plan.plan_text_rows(world.query_start_loc_cpu[-1])
+    query, key, value = shared.random_rows(world, plan.rows.shape[0])
+    world.store(plan, key, value, GPU)
+    batch, virtual, where = text_step(world, [20, 1, 33, 1])
+    attention = GPU.plan(batch, world.key_index(GPU))
+    prompts = torch.tensor([rows > 1 for rows in [20, 1, 33, 1]]).repeat_interleave(
+        torch.tensor([20, 1, 33, 1])
+    )
+    world.rows[where[prompts]] = torch.nan
+    cos_sin = world.cos_sin_cache[world.positions[virtual]]
+    asked, own_key = (interface.rotate(x[virtual], cos_sin) for x in (query, key))
+    out = torch.full_like(asked, torch.nan)
+    rest = (world.rows, attention, world.cos_sin_cache, world.scale, out)
+    assert GPU.attend_own_rows(asked, own_key, value[virtual], *rest)
+    for request in range(4):
+        own, positions = world.members(plan, request)
+        wanted = shared.reference.vtu_attention(query[own], key[own], value[own], positions, shared.THETA)
+        first, end = batch.query_start_loc_cpu[request : request + 2]
+        torch.testing.assert_close(out[first:end], wanted[first - end :], atol=2e-5, rtol=1e-4)
+
+
+def test_prompts_with_a_past_or_images_read_pages(seed: int) -> None:
+    """A past may hold images that the host does not know of."""
+    world = text_world()
+
+    def own_rows(rows: list[int], has_images: bool = False) -> bool:
+        batch, _, _ = text_step(world, rows)
+        batch.has_images = has_images
+        plan = GPU.plan(batch, world.key_index(GPU))
+        assert plan.prefill is not None
+        return plan.prefill.own_rows
+
+    assert not own_rows([20, 1, 32, 1]) and not own_rows([2, 9, 33, 70])
+    assert own_rows([20, 1, 33, 1])
+    assert not own_rows([20, 1, 33, 1], has_images=True)
+
+
+def flash_attention_arguments() -> set[str]:
+    """Names of the arguments of vLLM's FlashAttention, from its text: it does not import without CUDA."""
+    package = importlib.util.find_spec("vllm")
+    assert package is not None and package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0]) / "vllm_flash_attn" / "flash_attn_interface.py"
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_varlen_func":
+            return {argument.arg for argument in node.args.args}
+    raise AssertionError("vLLM has no flash_attn_varlen_func")
+
+
+def test_prefill_by_flash_attention_is_called_as_it_documents(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's function needs a GPU; what is asked of it is answered in plain torch here."""
+    known = flash_attention_arguments()
+    calls = []
+
+    def documented(**given: Any) -> None:
+        assert set(given) <= known
+        calls.append(given)
+        q, k, v, out = (given[name] for name in ["q", "k", "v", "out"])
+        starts = given["cu_seqlens_q"], given["cu_seqlens_k"]
+        assert all(x.dtype == torch.int32 and x.is_contiguous() for x in starts)
+        assert q.dtype == k.dtype == v.dtype == out.dtype
+        assert all(x.stride(-1) == 1 for x in (q, k, v, out))
+        assert given["causal"] and given["num_splits"] == 1
+        queries, keys = (x.tolist() for x in starts)
+        assert given["max_seqlen_q"] >= max(b - a for a, b in zip(queries, queries[1:], strict=False))
+        assert given["max_seqlen_k"] >= max(b - a for a, b in zip(keys, keys[1:], strict=False))
+        stretch = slice(queries[0], queries[-1])
+        out[stretch] = dense_reference(q, k, v, queries, keys, given["softmax_scale"])[stretch]
+
+    module = SimpleNamespace(flash_attn_varlen_func=documented)
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", module)
+    monkeypatch.setattr(
+        prefill, "select_dense_attention", lambda dtype, size: functools.partial(flash_attention, 3)
+    )
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
+    shared.check_attention(world, plan, GPU)
+    monkeypatch.setattr(prefill, "SCRATCH_KEYS", 2 * PATCHES)
+    shared.check_attention(world, plan, GPU)
+    assert len(calls) > 2 and all(call["fa_version"] == 3 for call in calls)
 
 
 def test_bfloat16_pages(seed: int) -> None:

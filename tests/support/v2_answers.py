@@ -62,7 +62,8 @@ def watch_steps() -> list[dict[str, Any]]:
             return forward(self, *args, **kwargs)
         commons = [metadata.common for metadata in tiers.values()]
         images = 0 if self._images is None else len(self._images.counts)
-        with trace_step(common.query_start_loc_cpu for common in commons) as trace:
+        on_host = [x for c in commons for x in (c.query_start_loc_cpu, c.seq_lens_cpu_upper_bound)]
+        with trace_step(on_host) as trace:
             result = forward(self, *args, **kwargs)
         steps.append(
             {
@@ -121,6 +122,11 @@ def _prompts(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return prompts
 
 
+def _kv_caches(runner: Any) -> list[torch.Tensor]:
+    layers = runner.get_model().language_model.model.layers
+    return [layer.self_attn.attn.kv_cache for layer in layers]
+
+
 def answer(work: dict[str, Any]) -> dict[str, Any]:
     """Greedy answers with log-probabilities, the name of the runner that gave them, and its steps."""
     from vllm import LLM, SamplingParams
@@ -132,6 +138,7 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
         hf_overrides={"hybrid": work["hybrid"]},
         enforce_eager=True,
         dtype="float32",
+        kv_cache_dtype=work.get("kv_cache_dtype", "auto"),
         max_model_len=1400,
         # Not all requests fit into the first step, so that a later one prefills next to a decode.
         max_num_batched_tokens=1500,
@@ -148,6 +155,7 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
     return {
         "attention": work["attention"],
         "runner": type(runner).__module__,
+        "kv_dtypes": sorted({str(cache.dtype) for cache in _kv_caches(runner)}),
         "steps": steps,
         "answers": [
             {

@@ -22,12 +22,12 @@ from tests.support.attention_world import (
     check_later_steps,
     conversations,
     kept_images,
+    later_step,
     random_rows,
     rotated_queries,
     several_requests,
 )
 from vllm_hybrid.attention import cpu, interface
-from vllm_hybrid.attention.interface import TierBatch
 from vllm_hybrid.attention.reference import ReferenceAttention
 from vllm_hybrid.method import row_plan
 from vllm_hybrid.method.token_merging import PackedTokens
@@ -139,7 +139,7 @@ def test_bfloat16_stays_within_its_rounding(
         rows = torch.arange(len(virtual))
         step = row_plan.plan_text_rows(len(virtual))
         starts = [0, later, 2 * later]
-        batch = TierBatch(step, world.positions[virtual], starts, torch.tensor(starts).int(), rows, [])
+        batch = later_step(step, world.positions[virtual], starts, rows, world.lengths)
     out = torch.full_like(given[asked], torch.nan)
     attention = cpu_ops().plan(batch, keys)
     cpu_ops().attend(given[asked], world.rows, attention, world.cos_sin_cache, world.scale, out)
@@ -169,7 +169,7 @@ def test_bfloat16_decodes_and_importances_equal_those_of_the_same_numbers_in_flo
     order = torch.arange(requests)
     step = row_plan.plan_text_rows(requests)
     starts_of = list(range(requests + 1))
-    batch = TierBatch(step, world.positions[last], starts_of, torch.tensor(starts_of).int(), order, [])
+    batch = later_step(step, world.positions[last], starts_of, order, world.lengths)
     given = interface.rotate(query[plan.row_of[last]], world.cos_sin_cache[world.positions[last]]).bfloat16()
     found = []
     for dtype in (torch.bfloat16, torch.float32):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
@@ -129,6 +129,7 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.ops = select_attention()
         self.cos_sin_cache: torch.Tensor | None = None
+        self.positions = get_current_vllm_config().model_config.max_model_len
 
     def forward(
         self,
@@ -143,7 +144,8 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if attn_metadata is None:
-            # Profiling runs have no pages.
+            # Profiling runs have no pages, but what a step allocates here is to be seen in them.
+            self._allocate_scratch(query)
             return output.zero_()
         plan, cos_sin_cache = attn_metadata.plan, self.cos_sin_cache
         if plan is None:
@@ -161,10 +163,20 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         if v_scale != 1:
             value = value / v_scale
         self.ops.write_pages(key, value, kv_rows, plan.batch.kv_row_index)
-        self.ops.attend(query, kv_rows, plan, cos_sin_cache, self.scale * k_scale, out)
+        attending = (kv_rows, plan, cos_sin_cache, self.scale * k_scale, out)
+        if not self.ops.attend_own_rows(query, key, value, *attending):
+            self.ops.attend(query, *attending)
         if v_scale != 1:
             out.mul_(v_scale)
         return output
+
+    def _allocate_scratch(self, query: torch.Tensor) -> None:
+        """Allocate, and give back, what attention takes for as many rows at most."""
+        rows = query.shape[0]
+        size = self.ops.scratch_bytes(
+            rows, self.positions, self.num_heads, self.num_kv_heads, self.head_size, query.element_size()
+        )
+        torch.empty(size, dtype=torch.uint8, device=query.device)
 
 
 class HybridAttention(Attention):

@@ -1,4 +1,4 @@
-"""Virtual unmerging attention on a GPU: the Triton kernels behind :class:`AttentionOps`.
+"""Virtual unmerging attention on a GPU: the kernels behind :class:`AttentionOps`.
 
 Nothing here waits for the device. Shapes follow from what the host knows before the step; everything that
 changes from one replay of a captured decode graph to the next is read on the device.
@@ -12,12 +12,17 @@ from itertools import chain
 import torch
 
 from vllm_hybrid.attention.interface import AttentionOps, AttentionPlan, DecodeStep, TierBatch
+from vllm_hybrid.attention.prefill import (
+    PrefillPlan,
+    attend_own_rows,
+    plan_prefill,
+    prefill,
+    scratch_bytes,
+)
 from vllm_hybrid.attention.triton_kernels.decode import decode
 from vllm_hybrid.attention.triton_kernels.importance import importance
 from vllm_hybrid.attention.triton_kernels.key_index import build_key_index, index_decodes
-from vllm_hybrid.attention.triton_kernels.lists import KeyLists, QueryLists, new_key_lists, query_lists
-from vllm_hybrid.attention.triton_kernels.prefill import prefill
-from vllm_hybrid.attention.triton_kernels.segments import segment_mean
+from vllm_hybrid.attention.triton_kernels.lists import KeyLists, new_key_lists
 from vllm_hybrid.attention.triton_kernels.write import write
 from vllm_hybrid.method.row_plan import to_device
 
@@ -29,14 +34,14 @@ class GpuPlan(AttentionPlan[KeyLists]):
     Attributes:
         decode_rows: int32 [requests], live row of each request that brings one virtual row, else -1; None in
             a step of decodes alone, where request r's is row r.
-        queries: virtual queries of the requests that bring several; None in a step of decodes alone.
+        prefill: the requests that bring several rows; None in a step of decodes alone.
         ranking: int32 [ranking queries, 3], request, virtual row and first row of each; None where none
             ranks.
 
     """
 
     decode_rows: torch.Tensor | None
-    queries: QueryLists | None
+    prefill: PrefillPlan | None
     ranking: torch.Tensor | None
 
 
@@ -97,14 +102,11 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         decode_rows = torch.where(batch.query_start_loc.diff() == 1, row, -1)
         if all(end - start <= 1 for start, end in zip(starts, starts[1:], strict=False)):
             return GpuPlan(batch, key_index, decode_rows, None, None)
-        queries = query_lists(
-            batch.row_plan.row_of, batch.positions, batch.row_plan.image, batch.query_start_loc
-        )
         ranking = None
         if batch.ranking_queries:
             given = [(one.request, one.row, one.first_row) for one in batch.ranking_queries]
             ranking = to_device(list(chain(*given)), device).int().view(-1, 3)
-        return GpuPlan(batch, key_index, decode_rows, queries, ranking)
+        return GpuPlan(batch, key_index, decode_rows, plan_prefill(batch, key_index, decode_rows), ranking)
 
     def attend(
         self,
@@ -115,14 +117,49 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        if plan.queries is not None:
-            assert plan.decode_rows is not None
-            copies = query.new_empty(plan.queries.row.shape[0], *query.shape[1:])
-            keys, queries = plan.key_index, plan.queries
-            prefill(query, kv_rows, keys, queries, plan.decode_rows, cos_sin_cache, scale, copies)
-            # Rows of decodes get a mean of nothing here, and their answer below.
-            segment_mean(copies, queries.by_row, queries.row_start, out)
-        decode(query, plan.decode_rows, kv_rows, plan.key_index.rows, cos_sin_cache, scale, out)
+        if plan.prefill is not None:
+            # Rows of decodes get 0 here, and their answer below.
+            prefill(query, kv_rows, plan.prefill, plan.key_index, cos_sin_cache, scale, out)
+        self._decode(query, kv_rows, plan, cos_sin_cache, scale, out)
+
+    def attend_own_rows(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_rows: torch.Tensor,
+        plan: GpuPlan,
+        cos_sin_cache: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> bool:
+        if plan.prefill is None or not plan.prefill.own_rows:
+            return False
+        starts = plan.batch.query_start_loc_cpu
+        longest = max(end - start for start, end in zip(starts, starts[1:], strict=False))
+        # A decode's row looks at itself here, and gets its answer below.
+        attend_own_rows(query, key, value, plan.batch.query_start_loc, longest, scale, out)
+        self._decode(query, kv_rows, plan, cos_sin_cache, scale, out)
+        return True
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        kv_rows: torch.Tensor,
+        plan: GpuPlan,
+        cos_sin_cache: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Answer the requests that bring one row."""
+        starts = plan.batch.query_start_loc_cpu
+        if any(end - start == 1 for start, end in zip(starts, starts[1:], strict=False)):
+            decode(query, plan.decode_rows, kv_rows, plan.key_index.rows, cos_sin_cache, scale, out)
+
+    def scratch_bytes(
+        self, rows: int, positions: int, heads: int, kv_heads: int, head_size: int, number_bytes: int
+    ) -> int:
+        return scratch_bytes(rows, positions, heads, kv_heads, head_size, number_bytes)
 
     def importance(
         self,
@@ -132,5 +169,6 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         cos_sin_cache: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        assert plan.queries is not None and plan.ranking is not None, "only a step with images ranks"
-        return importance(query, kv_rows, plan.key_index, plan.queries, plan.ranking, cos_sin_cache, scale)
+        assert plan.prefill is not None and plan.ranking is not None, "only a step with images ranks"
+        queries = plan.prefill.queries
+        return importance(query, kv_rows, plan.key_index, queries, plan.ranking, cos_sin_cache, scale)

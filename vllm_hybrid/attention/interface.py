@@ -69,6 +69,9 @@ class TierBatch:
         query_start_loc: int32 [requests + 1], the same where the rows are.
         kv_row_index: int64 [R], KV row each live row's keys and values are written to.
         ranking_queries: the queries that rank the step's image tokens, rows ascending, stretches disjoint.
+        length_bounds: no request has more virtual positions, with this step's, on the host; a request that
+            begins in this step has as many.
+        has_images: whether the step brings images.
 
     """
 
@@ -78,6 +81,8 @@ class TierBatch:
     query_start_loc: torch.Tensor
     kv_row_index: torch.Tensor
     ranking_queries: list[RankingQuery]
+    length_bounds: list[int]
+    has_images: bool
 
     def live_stretch(self, request: int) -> tuple[int, int]:
         """First and one past the last live row of a request in this step; they are consecutive."""
@@ -122,8 +127,17 @@ class DecodeStep:
 
     def batch(self, kv_row_index: torch.Tensor) -> TierBatch:
         """The rows as any step's, given where they are stored (int64 [requests])."""
-        starts = self.query_start_loc_cpu
-        return TierBatch(self.row_plan, self.positions, starts, self.query_start_loc, kv_row_index, [])
+        positions = self.block_table.shape[1] * self.facts.shape[1]
+        return TierBatch(
+            row_plan=self.row_plan,
+            positions=self.positions,
+            query_start_loc_cpu=self.query_start_loc_cpu,
+            query_start_loc=self.query_start_loc,
+            kv_row_index=kv_row_index,
+            ranking_queries=[],
+            length_bounds=[positions] * (len(self.query_start_loc_cpu) - 1),
+            has_images=False,
+        )
 
 
 KeyIndexT = TypeVar("KeyIndexT", bound=KeyIndex)
@@ -238,6 +252,51 @@ class AttentionOps(ABC, Generic[KeyIndexT, PlanT]):
             out: [R, heads, head_size]; written.
 
         """
+
+    def attend_own_rows(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_rows: torch.Tensor,
+        plan: PlanT,
+        cos_sin_cache: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> bool:
+        """As :meth:`attend`, by the step's own rows, where they are all that its prompts have.
+
+        Args:
+            query: see there.
+            key: [R, kv_heads, head_size], what the step wrote.
+            value: [R, kv_heads, head_size], likewise.
+            kv_rows: see there.
+            plan: see there.
+            cos_sin_cache: see there.
+            scale: see there.
+            out: see there.
+
+        Returns:
+            Whether it did; if not, ``out`` is as it was.
+
+        """
+        return False
+
+    def scratch_bytes(
+        self, rows: int, positions: int, heads: int, kv_heads: int, head_size: int, number_bytes: int
+    ) -> int:
+        """Bytes that a layer's attention allocates beside its arguments, at most.
+
+        Args:
+            rows: virtual rows of a step, at most.
+            positions: virtual positions of a request, at most.
+            heads: query heads.
+            kv_heads: key heads.
+            head_size: channels of a head.
+            number_bytes: bytes of a number.
+
+        """
+        return 0
 
     @abstractmethod
     def importance(

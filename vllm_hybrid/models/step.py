@@ -205,7 +205,15 @@ class Step:
             query_start_loc=common.query_start_loc[: requests + 1],
             kv_row_index=kv_row_index,
             ranking_queries=self.ranking_queries,
+            length_bounds=_length_bounds(common, requests),
+            has_images=self.images is not None,
         )
+
+
+def _length_bounds(common: CommonAttentionMetadata, requests: int) -> list[int]:
+    """No request has more virtual positions; known to the host without asking the device."""
+    bounds = common.seq_lens_cpu_upper_bound
+    return [common.max_seq_len] * requests if bounds is None else bounds[:requests].tolist()
 
 
 def store_facts_and_plan(

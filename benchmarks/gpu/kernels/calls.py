@@ -45,32 +45,45 @@ def results(scene: Scene) -> dict[str, torch.Tensor]:
 def kernel_calls(scene: Scene) -> dict[str, Call]:
     """A call for each kernel of a scene."""
     from vllm_hybrid.attention.gpu import GpuAttention
+    from vllm_hybrid.attention.prefill import select_dense_attention
     from vllm_hybrid.attention.triton_kernels.decode import decode
+    from vllm_hybrid.attention.triton_kernels.expand import expand_keys, expand_queries
     from vllm_hybrid.attention.triton_kernels.importance import importance
-    from vllm_hybrid.attention.triton_kernels.key_index import build_key_index
+    from vllm_hybrid.attention.triton_kernels.key_index import build_key_index, index_decodes
     from vllm_hybrid.attention.triton_kernels.lists import query_lists
-    from vllm_hybrid.attention.triton_kernels.prefill import prefill
     from vllm_hybrid.attention.triton_kernels.segments import segment_mean
 
-    ops = GpuAttention()
     pages = (scene.facts, scene.block_table, scene.seq_lens, scene.patches, KV_ROWS_PER_BLOCK)
-    keys = ops.build_key_index(*pages)
-    batch = scene.batch()
-    plan = ops.plan(batch, keys)
+    plan = scene.plan(GpuAttention())
+    keys = plan.key_index
     query, kv_rows, cos_sin_cache, scale = scene.query, scene.kv_rows, scene.cos_sin_cache, scene.scale
     out = torch.empty_like(query)
-    calls: dict[str, Call] = {"key_index": lambda: build_key_index(*pages, keys)}
-    if plan.queries is None or plan.ranking is None:
-        calls["decode"] = lambda: decode(
-            query, plan.decode_rows, kv_rows, keys.rows, cos_sin_cache, scale, out
-        )
-        return calls
-    queries, ranking, skip = plan.queries, plan.ranking, plan.decode_rows
-    copies = query.new_empty(queries.row.shape[0], *query.shape[1:])
+    if plan.prefill is None:
+        foreign = torch.zeros(scene.seq_lens.shape[0], dtype=torch.bool, device=query.device)
+        return {
+            "key_index": lambda: index_decodes(*pages, keys, scene.slots, foreign),
+            "decode": lambda: decode(query, None, kv_rows, keys.rows, cos_sin_cache, scale, out),
+        }
+    batch, queries, ranking = plan.batch, plan.prefill.queries, plan.ranking
+    (group,) = plan.prefill.groups
+    expanded = query.new_empty(queries.row.shape[0], *query.shape[1:])
+    copies = torch.empty_like(expanded)
+    key, value = query.new_empty(2, group.key_bound, *kv_rows.shape[1:-1], query.shape[2])
     rows = (batch.row_plan.row_of, batch.positions, batch.row_plan.image, batch.query_start_loc)
-    return calls | {
+    sequences = (group.query_start, group.key_start, group.longest_query, group.longest_key)
+    dense = select_dense_attention(query.dtype, query.shape[2])
+
+    def expand() -> None:
+        expand_queries(query, queries, cos_sin_cache, expanded)
+        requests = slice(group.first, group.end)
+        expand_keys(kv_rows, keys, requests, group.key_start, group.longest_key, cos_sin_cache, key, value)
+
+    expand()
+    return {
+        "key_index": lambda: build_key_index(*pages, keys),
         "queries": lambda: query_lists(*rows),
-        "prefill": lambda: prefill(query, kv_rows, keys, queries, skip, cos_sin_cache, scale, copies),
+        "expand": expand,
+        "dense": lambda: dense(expanded, key, value, *sequences, scale, copies),
         "segments": lambda: segment_mean(copies, queries.by_row, queries.row_start, out),
         "importance": lambda: importance(query, kv_rows, keys, queries, ranking, cos_sin_cache, scale),
     }

@@ -9,6 +9,7 @@ import torch
 
 from vllm_hybrid.attention.interface import (
     AttentionOps,
+    DecodeStep,
     RankingQuery,
     TierBatch,
     kv_row_index,
@@ -74,6 +75,7 @@ class Scene:
         facts: page facts of all requests, this step's rows included.
         block_table: int32 [requests, blocks].
         seq_lens: int32 [requests].
+        slots: int64 [R], vLLM's slot of each row of the step.
         kv_row_index: int64 [R], KV row of each row of the step.
         kv_rows: [rows, kv_heads, 2 * head_size].
         query: [R, heads, head_size], text rows rotated, image rows not.
@@ -91,6 +93,7 @@ class Scene:
     facts: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+    slots: torch.Tensor
     kv_row_index: torch.Tensor
     kv_rows: torch.Tensor
     query: torch.Tensor
@@ -108,7 +111,38 @@ class Scene:
             query_start_loc=self.query_start_loc,
             kv_row_index=self.kv_row_index,
             ranking_queries=self.ranking_queries,
+            length_bounds=[self.cos_sin_cache.shape[0]] * (len(self.query_start_loc_cpu) - 1),
+            has_images=self.images is not None,
         )
+
+    def decode_step(self) -> DecodeStep:
+        """A step of decodes as an implementation takes it that plans those at once."""
+        return DecodeStep(
+            row_plan=self.row_plan,
+            positions=self.positions,
+            query_start_loc_cpu=self.query_start_loc_cpu,
+            query_start_loc=self.query_start_loc,
+            facts=self.facts,
+            block_table=self.block_table,
+            seq_lens=self.seq_lens,
+            slots=self.slots,
+            patches=self.patches,
+            kv_rows_per_block=KV_ROWS_PER_BLOCK,
+        )
+
+    def plan(self, ops: AttentionOps[Any, Any], padding: int = 0) -> Any:
+        """What an implementation makes of the step before its layers; see :meth:`results`."""
+        if self.images is None:
+            foreign = torch.zeros(self.seq_lens.shape[0], dtype=torch.bool, device=self.facts.device)
+            plan = ops.plan_decodes(self.decode_step(), foreign)
+            if plan is not None:
+                return plan
+        keys = ops.build_key_index(
+            self.facts, self.block_table, self.seq_lens, self.patches, KV_ROWS_PER_BLOCK
+        )
+        batch = self.batch()
+        batch.query_start_loc_cpu = batch.query_start_loc_cpu[: len(batch.query_start_loc_cpu) - padding]
+        return ops.plan(batch, keys)
 
     def results(
         self, ops: AttentionOps[Any, Any], out: torch.Tensor, padding: int = 0
@@ -121,15 +155,10 @@ class Scene:
             padding: requests at the end to leave out.
 
         """
-        keys = ops.build_key_index(
-            self.facts, self.block_table, self.seq_lens, self.patches, KV_ROWS_PER_BLOCK
-        )
-        batch = self.batch()
-        batch.query_start_loc_cpu = batch.query_start_loc_cpu[: len(batch.query_start_loc_cpu) - padding]
-        plan = ops.plan(batch, keys)
+        plan = self.plan(ops, padding)
         ops.attend(self.query, self.kv_rows, plan, self.cos_sin_cache, self.scale, out)
         found = {"attend": out}
-        if batch.ranking_queries:
+        if self.ranking_queries:
             found["importance"] = ops.importance(
                 self.query, self.kv_rows, plan, self.cos_sin_cache, self.scale
             )
@@ -248,6 +277,7 @@ def make_scene(
         facts=facts,
         block_table=table,
         seq_lens=seq_lens,
+        slots=stored,
         kv_row_index=kv_row_index(stored, BLOCK_SIZE, KV_ROWS_PER_BLOCK),
         kv_rows=numbers[:0],
         query=torch.randn(plan.rows.shape[0], heads.heads, heads.head_size, generator=draw),

@@ -293,14 +293,6 @@ def split_count(programs: int, width: int, processors: int) -> int:
     return min(1 << wanted.bit_length() - 1, _MOST_SPLITS, most)
 
 
-def dot_type(dtype: torch.dtype) -> tl.dtype:
-    """The dtype tensor cores multiply in, for keys and values of a dtype."""
-    if triton.knobs.runtime.interpret:
-        # The interpreter takes a bf16 operand's bits for integers.
-        return tl.float32
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
-
-
 @functools.cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
