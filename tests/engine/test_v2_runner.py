@@ -22,7 +22,7 @@ from tests.support.tiny_checkpoints import (
 
 pytestmark = pytest.mark.engine
 TOKENS = 8
-# Requests with a text alone and with a full picture.
+# Requests with a text alone and with a full picture, in which no choice depends on rounding.
 FP8 = (2, 4)
 # The request that loses a page, behind those whose answers are compared.
 LOST = 5
@@ -118,7 +118,6 @@ def answers(cases: Cases) -> dict[str, dict[str, Any]]:
     requests = [*cases.work["requests"], lost]
     # Last, since what watches steps stays in the process.
     watched: dict[str, Any] = {"attention": "triton", "watched": True, "requests": requests, "spoiled": LOST}
-    # A choice of tokens to drop may be another one with rounded keys, so nothing is dropped.
     fp8: dict[str, Any] = {
         "attention": "triton",
         "kv_cache_dtype": "fp8",
@@ -151,20 +150,22 @@ def test_triton_kernels_in_the_v2_runner_answer_like_the_reference(
     _check_answers(cases, interpreted | {"answers": answers[:LOST] + answers[LOST + 1 :]})
 
 
-def test_a_kv_cache_in_fp8_answers_nearly_like_the_reference(
+def test_a_kv_cache_in_fp8_answers_like_a_reference_that_rounds_keys_and_values(
     cases: Cases, answers: dict[str, dict[str, Any]]
 ) -> None:
+    """Which of two numbers is nearer may differ in the last bit of float32, so a few are off by a code."""
     result = answers["fp8"]
     assert result["kv_dtypes"] == ["torch.uint8"]
-    off = []
+    rounding = Reference(cases.work["checkpoint"], cases.work["hybrid"], kv_dtype=torch.float8_e4m3fn)
+    off: dict[Reference, list[float]] = {rounding: [], cases.reference: []}
     for number, answer in zip(FP8, result["answers"], strict=True):
         images, text = cases.prompts[number]
-        score = cases.reference.score(
-            cases.reference.prompt_ids(text), cases.images(images), answer["tokens"]
-        )
-        for step, logprobs in enumerate(answer["logprobs"]):
-            off += [abs(p - float(score.distributions[step, int(token)])) for token, p in logprobs.items()]
-    assert 1e-3 < max(off) < 0.2
+        for reference, found in off.items():
+            score = reference.score(reference.prompt_ids(text), cases.images(images), answer["tokens"])
+            for step, logprobs in enumerate(answer["logprobs"]):
+                found += [abs(p - float(score.distributions[step, int(t)])) for t, p in logprobs.items()]
+    print("off by", max(off[rounding]), max(off[cases.reference]))
+    assert max(off[rounding]) < 0.03 < max(off[cases.reference])
 
 
 def test_a_request_whose_page_is_another_s_ends_with_an_error_and_alone(interpreted: dict[str, Any]) -> None:

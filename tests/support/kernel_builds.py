@@ -20,9 +20,11 @@ import json
 import math
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,17 +35,21 @@ from vllm_hybrid.kv.page_facts import fact_words
 from vllm_hybrid.method.row_plan import plan_text_rows
 
 KERNELS = ROOT / "vllm_hybrid" / "attention" / "triton_kernels"
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16)
+# Pages in FP8, with queries in the first dtype, where hardware converts them.
+FP8, FP8_ARCHITECTURES = torch.float8_e4m3fn, (90, 100, 120)
 PATCHES = 576
 BLOCK_SIZE = 16
 # Positions of the longest request a block table has room for, and of the cos_sin_cache.
 LONGEST = 4096
 
-# Of one multiprocessor, from NVIDIA's CUDA programming guide, compute capabilities 8.0 and 9.0.
+# Of one multiprocessor, from NVIDIA's CUDA programming guide, table of compute capabilities.
 REGISTERS = 65536
-SHARED_KIB = {80: 164, 90: 228}
-WARPS = 64
+SHARED_KIB = {80: 164, 90: 228, 100: 228, 120: 100}
+WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
+# Matrix instructions of the disassembly, by their first part.
+MATRIX = ("UTCHMMA", "HGMMA", "HMMA")
 # Registers are handed out per warp in units of 256; shared memory of a block has 1 KiB on top.
 _REGISTER_UNIT = 256
 _RESERVED_SHARED = 1024
@@ -68,17 +74,17 @@ class Build:
 
     Attributes:
         kernel: name of the function.
-        architecture: 80 or 90.
+        architecture: compute capability, times 10.
         heads: name of the shape.
-        dtype: of pages and queries.
+        dtype: of pages, and of queries but for pages in FP8.
         warps: of a block.
         registers: per thread.
         spilled: bytes a thread writes to and reads from memory because registers run out.
         stack: bytes of a thread's stack frame.
         shared: bytes of shared memory of a block.
-        products: instruction that multiplies matrices, "" where none does.
-        copies: asynchronous copies to shared memory in the code, as a count.
-        widest_load: most bytes that one load from global memory brings a thread.
+        products: instruction of the disassembly that multiplies matrices, "" where none does.
+        copies: asynchronous copies to shared memory in the disassembly, as a count.
+        widest_load: most bytes that one load or copy from global memory brings a thread, likewise.
 
     """
 
@@ -100,7 +106,7 @@ class Build:
         """Blocks that a multiprocessor holds at once."""
         a_warp = math.ceil(self.registers * 32 / _REGISTER_UNIT) * _REGISTER_UNIT
         by_shared = SHARED_KIB[self.architecture] * 1024 // (self.shared + _RESERVED_SHARED)
-        return min(REGISTERS // (a_warp * self.warps), by_shared, WARPS // self.warps)
+        return min(REGISTERS // (a_warp * self.warps), by_shared, WARPS[self.architecture] // self.warps)
 
 
 def launched_kernels() -> set[str]:
@@ -169,12 +175,12 @@ def _step(requests: int, tokens: int) -> TierBatch:
     )
 
 
-def attend(heads: Heads, dtype: torch.dtype, requests: int, tokens: int) -> None:
+def attend(heads: Heads, pages: torch.dtype, requests: int, tokens: int) -> None:
     """Everything the attention layers of one step launch."""
     from vllm_hybrid.attention.gpu import GpuAttention
 
     ops = GpuAttention()
-
+    dtype = DTYPES[0] if pages == FP8 else pages
     facts = torch.zeros(2, BLOCK_SIZE, fact_words(PATCHES), dtype=torch.int32)
     table = torch.zeros(requests, LONGEST // BLOCK_SIZE, dtype=torch.int32)
     lengths = torch.full((requests,), tokens, dtype=torch.int32)
@@ -199,7 +205,7 @@ def attend(heads: Heads, dtype: torch.dtype, requests: int, tokens: int) -> None
     width = (heads.heads + 2 * heads.kv_heads) * heads.head_size
     qkv = torch.zeros(requests * tokens, width, dtype=dtype).unflatten(1, (-1, heads.head_size))
     query, key, value = qkv.split([heads.heads, heads.kv_heads, heads.kv_heads], dim=1)
-    kv_rows = torch.zeros(2 * BLOCK_SIZE, heads.kv_heads, 2 * heads.head_size, dtype=dtype)
+    kv_rows = torch.zeros(2 * BLOCK_SIZE, heads.kv_heads, 2 * heads.head_size, dtype=pages)
     cos_sin_cache = torch.zeros(LONGEST, heads.head_size)
     scale = heads.head_size**-0.5
     ops.write_pages(key, value, kv_rows, step.kv_row_index)
@@ -217,10 +223,30 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
+def _disassembled(cubin: bytes) -> str:
+    """The machine code of a compiled kernel as text, by the disassembler that Triton brings."""
+    import triton
+
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _load_bytes(code: str) -> int:
+    """Most bytes of a load (LDG) or an asynchronous copy (LDGSTS) from global memory; 4 if it says none."""
+    widths = [0]
+    for modifiers in re.findall(r"\bLDG(?:STS)?((?:\.\w+)*)", code):
+        bits = re.findall(r"\.(?:U|S)?(8|16|64|128|256)\b", modifiers)
+        widths.append(int(bits[-1]) // 8 if bits else 4)
+    return max(widths)
+
+
 def _described(name: str, kernel: Any, said: str, architecture: int, heads: Heads, dtype: Any) -> Build:
-    code = kernel.asm["ptx"]
-    widths = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", code)
-    products = [name for name in ("wgmma", "mma.sync") if name in code]
+    code = _disassembled(kernel.asm["cubin"])
+    products = [name for name in MATRIX if re.search(rf"\b{name}\b", code)]
     return Build(
         kernel=name.removeprefix("_"),
         architecture=architecture,
@@ -232,8 +258,8 @@ def _described(name: str, kernel: Any, said: str, architecture: int, heads: Head
         stack=_number(r"(\d+) bytes stack frame", said),
         shared=kernel.metadata.shared,
         products=products[0] if products else "",
-        copies=len(re.findall(r"cp\.async\.c[ag]", code)),
-        widest_load=max((int(v or 1) * int(bits) // 8 for v, bits in widths), default=0),
+        copies=len(re.findall(r"\bLDGSTS\b", code)),
+        widest_load=_load_bytes(code),
     )
 
 
@@ -242,7 +268,7 @@ def build(architecture: int) -> list[Build]:
     found = []
     with compiling(architecture) as built:
         for heads in SHAPES:
-            for dtype in DTYPES:
+            for dtype in (*DTYPES, *([FP8] if architecture in FP8_ARCHITECTURES else [])):
                 for requests, tokens in STEPS:
                     attend(heads, dtype, requests, tokens)
                 found += [_described(*one, architecture, heads, dtype) for one in built]
@@ -253,8 +279,9 @@ def build(architecture: int) -> list[Build]:
 def table(builds: list[Build]) -> str:
     """Markdown: per kernel and architecture the most that any variant needs."""
     lines = [
-        "| kernel | heads | sm | warps | registers | spilled | shared bytes | blocks | products | copies |",
-        "|---|---|--:|--:|--:|--:|--:|--:|---|--:|",
+        "| kernel | heads | sm | warps | registers | spilled | shared bytes | blocks | products | copies "
+        "| bytes a load |",
+        "|---|---|--:|--:|--:|--:|--:|--:|---|--:|--:|",
     ]
     groups: dict[tuple[str, str, int], list[Build]] = {}
     for one in sorted(builds, key=lambda b: (b.kernel, b.heads != SHAPES[0].name, b.architecture)):
@@ -263,7 +290,8 @@ def table(builds: list[Build]) -> str:
         most = [max(getattr(v, name) for v in variants) for name in ("registers", "spilled", "shared")]
         warps, blocks = variants[0].warps, min(v.blocks for v in variants)
         instruction, copies = variants[0].products or "-", min(v.copies for v in variants)
-        cells = (kernel, heads, architecture, warps, *most, blocks, instruction, copies)
+        width = min(v.widest_load for v in variants)
+        cells = (kernel, heads, architecture, warps, *most, blocks, instruction, copies, width)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
 

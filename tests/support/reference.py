@@ -335,7 +335,8 @@ class Reference:
 
     checkpoint: hub format, LLaVA-1.5 with a CLIP tower and a Llama decoder. hybrid: replaces the config's
     "hybrid" section ({} turns everything off, None takes the config's). dtype: float32 is the reference;
-    float64 tells rounding error from meaning. Raises ValueError for what it does not implement.
+    float64 tells rounding error from meaning. kv_dtype: what keys and values are rounded to before they are
+    attended to: text keys rotated, image keys not. Raises ValueError for what it does not implement.
     """
 
     def __init__(
@@ -344,7 +345,9 @@ class Reference:
         hybrid: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
+        self.kv_dtype = kv_dtype
         self.config = AutoConfig.from_pretrained(checkpoint)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self.image_processor = AutoImageProcessor.from_pretrained(checkpoint)
@@ -547,6 +550,8 @@ class Reference:
                 self._linear(x, f"{name}.self_attn.{part}_proj").unflatten(-1, (-1, text.head_dim))
                 for part in "qkv"
             )
+            if self.kv_dtype is not None:
+                k, v = self._kept(k, rows), v.to(self.kv_dtype).to(v.dtype)
             out = vtu_attention(q, k, v, rows.positions, self.theta).flatten(1)
             hidden = rows.hidden + self._linear(out, f"{name}.self_attn.o_proj")
             x = self._rms_norm(hidden, f"{name}.post_attention_layernorm", eps)
@@ -567,6 +572,21 @@ class Reference:
         positions = prompt.positions + [[last_prompt_position + 1 + i] for i in range(len(generated_ids))]
         image_of = prompt.image_of + [None] * len(generated_ids)
         return replace(prompt, hidden=torch.cat(hidden), positions=positions, image_of=image_of)
+
+    def _kept(self, k: Tensor, rows: _Rows) -> Tensor:
+        """Keys [rows, kv_heads, head_dim] as a cache of another dtype gives them back, before rotation."""
+        assert self.kv_dtype is not None
+        own = torch.tensor(
+            [
+                0 if image is not None else at[0]
+                for at, image in zip(rows.positions, rows.image_of, strict=True)
+            ]
+        )
+        kept = [
+            rotate(rotate(head, own, self.theta).to(self.kv_dtype).to(k.dtype), -own, self.theta)
+            for head in k.unbind(1)
+        ]
+        return torch.stack(kept, dim=1)
 
     def _importance(self, q: Tensor, k: Tensor, rows: _Rows) -> Tensor:
         """What the position that ranks its image gives each image row, the mean over heads; zero for text.

@@ -133,7 +133,8 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         scale: float,
         out: torch.Tensor,
     ) -> bool:
-        if plan.prefill is None or not plan.prefill.own_rows:
+        # What pages round is seen rounded, whether a prompt begins in this step or before.
+        if plan.prefill is None or not plan.prefill.own_rows or kv_rows.dtype != key.dtype:
             return False
         starts = plan.batch.query_start_loc_cpu
         longest = max(end - start for start, end in zip(starts, starts[1:], strict=False))

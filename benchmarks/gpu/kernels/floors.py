@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from benchmarks.gpu.kernels.scenes import Heads
 from benchmarks.gpu.prediction.cost_model import (
-    HYBRID_QUERY_TILE,
+    FLASH_QUERY_TILE,
     Gpu,
     Shape,
     asked_by_decode,
+    asked_by_expansion,
     asked_by_prefill,
     causal_pairs,
+    expanded_bytes,
     key_bytes,
 )
 from vllm_hybrid.kv.page_facts import fact_words
@@ -56,6 +58,7 @@ def floors(
         asked += 2 * requests * query_row
         return {"key_index": key_index, "decode": Floor(read, requests * virtual * pair, asked)}
     copies = requests * virtual * query_row
+    expanded = requests * expanded_bytes(shape, virtual)
     rows = requests * stored
     # Read: the live row and position of each; written: row, position, order by row; starts of live rows.
     query_lists = requests * virtual * (8 + 8 + 12) + rows * (8 + 4)
@@ -63,10 +66,15 @@ def floors(
     return {
         "key_index": key_index,
         "queries": Floor(query_lists, 0),
-        "prefill": Floor(
-            rows * (row + query_row) + copies + 2 * lists,
+        "expand": Floor(
+            rows * (row + query_row) + expanded + 2 * lists,
+            0,
+            requests * asked_by_expansion(shape, virtual, patches),
+        ),
+        "dense": Floor(
+            expanded + copies,
             requests * causal_pairs(virtual, virtual) * pair,
-            requests * asked_by_prefill(shape, virtual, patches / virtual, HYBRID_QUERY_TILE) + 2 * copies,
+            requests * asked_by_prefill(shape, virtual, FLASH_QUERY_TILE) + 2 * copies,
         ),
         "segments": Floor(copies + rows * query_row + requests * virtual * 4, 0),
         "importance": Floor(

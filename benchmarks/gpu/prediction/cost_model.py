@@ -34,9 +34,8 @@ class Gpu:
         flops: peak dense bf16 operations per second (data sheet, H100 SXM).
         bandwidth: peak bytes per second of device memory (data sheet).
         gemm_share: assumed share of the peak that matrix products of a prefill reach.
-        flash_share: assumed share of the peak that FlashAttention 3 reaches in a prefill of stock.
-        attention_share: assumed share that Triton prefill attention reaches, in the hybrid and in stock on
-            Triton.
+        flash_share: assumed share of the peak that FlashAttention 3 reaches in a prefill.
+        attention_share: assumed share that Triton prefill attention reaches, in stock on Triton.
         flash_tower_share: assumed share that FlashAttention 3 reaches in stock's tower (577 tokens, head
             size 64).
         tower_attention_share: assumed share that torch's attention reaches in the tower of the hybrid (it
@@ -44,13 +43,13 @@ class Gpu:
         bandwidth_share: assumed share of the bandwidth that weights and KV are read with.
         stock_layer_passes: assumed times that a decoder layer reads or writes its rows, in units of the
             width, between its products: norms, rotation, KV writes, activation; counted as if unfused.
-        hybrid_layer_passes: the same of the hybrid. On top come the copies of virtual queries, counted.
+        hybrid_layer_passes: the same of the hybrid. On top comes what is expanded, counted.
         tower_layer_passes: the same of a tower layer without merging.
         merge_passes: the same, further, of a layer that merges: padding, the metric, features in float32.
         cache_bandwidth: assumed bytes per second that multiprocessors get from the L2 cache.
         launch: assumed seconds the host takes to launch one kernel outside of a CUDA graph.
         stock_layer_launches: assumed launches per decoder layer of a prefill step, stock.
-        hybrid_layer_launches: the same of the hybrid: virtual queries and the mean add a few.
+        hybrid_layer_launches: the same of the hybrid: expansion and the mean add a few.
         tower_layer_launches: assumed launches per tower layer without merging.
         merge_launches: assumed further launches of a layer that merges.
         round_trip: assumed seconds one wait of the host for the device costs; a merging layer has one, and
@@ -141,10 +140,10 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Engine:
-    """A server: what it reduces, and whether FlashAttention 3 attends in decoder and tower.
+    """A server: what it reduces, and whether it is stock with FlashAttention 3 in decoder and tower.
 
-    Stock has FlashAttention where vLLM chooses itself, and not where Triton is asked for. The hybrid's
-    kernels are Triton's, and its tower's attention is torch's.
+    Stock has FlashAttention where vLLM chooses itself, and not where Triton is asked for. The hybrid has it
+    in prefills of the decoder; its decodes are Triton's, and its tower's attention is torch's.
     """
 
     reduction: Reduction = field(default_factory=Reduction)
@@ -152,7 +151,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         if self.flash and self.reduction.active:
-            raise ValueError("an engine that reduces does not attend with FlashAttention; leave flash out")
+            raise ValueError("an engine that reduces chooses its attention itself; leave flash out")
 
 
 STOCK = Engine(flash=True)
@@ -225,7 +224,6 @@ def causal_pairs(queries: float, keys: float) -> float:
 
 FLASH_QUERY_TILE = 128  # FlashAttention 3, head size 128
 STOCK_QUERY_TILE = 16  # vLLM's Triton attention, one query head per key head
-HYBRID_QUERY_TILE = 64
 COS_SIN_BYTES = 4
 
 
@@ -234,19 +232,39 @@ def key_bytes(shape: Shape, keys: float, rotated: float) -> float:
     return shape.head_size * (2 * shape.number_bytes * keys + COS_SIN_BYTES * rotated)
 
 
-def asked_by_prefill(shape: Shape, positions: float, rotated_share: float, tile: int) -> float:
-    """Bytes asked of the caches by a prompt's attention.
+def asked_by_prefill(shape: Shape, positions: float, tile: int) -> float:
+    """Bytes of keys and values asked of the caches by a prompt's dense attention.
 
     Args:
         shape: the model.
         positions: virtual positions of the prompt.
-        rotated_share: share of the keys that are rotated; 0 in stock.
         tile: queries that a block answers at once.
 
     """
     tiles = positions / tile
     seen = tile * tiles * (tiles + 1) / 2
-    return shape.heads * key_bytes(shape, seen, rotated_share * seen)
+    return shape.heads * key_bytes(shape, seen, 0)
+
+
+EXPAND_HEADS = 8  # of a program of attention/triton_kernels/expand.py: they share cosines and sines
+
+
+def expanded_bytes(shape: Shape, positions: float) -> float:
+    """Bytes of a prompt's queries, keys and values at all their virtual positions."""
+    return positions * shape.number_bytes * shape.head_size * (shape.heads + 2 * shape.kv_heads)
+
+
+def asked_by_expansion(shape: Shape, positions: float, rotated: float) -> float:
+    """Bytes asked of the caches, and written, by the expansion of a prompt's queries, keys and values.
+
+    Args:
+        shape: the model.
+        positions: virtual positions of the prompt.
+        rotated: of them those that are rotated: an image's.
+
+    """
+    programs = (shape.heads + shape.kv_heads) / EXPAND_HEADS
+    return 2 * expanded_bytes(shape, positions) + programs * rotated * shape.head_size * COS_SIN_BYTES
 
 
 # Of the decode kernel, triton_kernels/decode.py: query heads of a program, and positions between two
@@ -372,15 +390,14 @@ def encode_time(shape: Shape, engine: Engine, images: int, gpu: Gpu) -> float:
 
 def query_tile(engine: Engine) -> int:
     """Queries that a block of prefill attention answers at once."""
-    if engine.flash:
-        return FLASH_QUERY_TILE
-    return HYBRID_QUERY_TILE if engine.reduction.active else STOCK_QUERY_TILE
+    return FLASH_QUERY_TILE if engine.flash or engine.reduction.active else STOCK_QUERY_TILE
 
 
 def decoder_time(shape: Shape, engine: Engine, work: Work, gpu: Gpu) -> float:
     """Seconds in the decoder's layers and head for one step."""
     reduction = engine.reduction
-    attention_share = gpu.flash_share if engine.flash else gpu.attention_share
+    flash = engine.flash or reduction.active
+    attention_share = gpu.flash_share if flash else gpu.attention_share
     lower = reduction.lower_layers(shape)
     text = work.prompt - shape.patches
     live, kept = reduction.live_of(shape), reduction.kept_of(shape)
@@ -398,9 +415,8 @@ def decoder_time(shape: Shape, engine: Engine, work: Work, gpu: Gpu) -> float:
             weights / (gpu.bandwidth * gpu.bandwidth_share),
         )
         virtual = text + image_positions
-        rotated = image_positions if reduction.active else 0.0
         pairs = causal_pairs(virtual, virtual)
-        asked = asked_by_prefill(shape, virtual, rotated / max(virtual, 1), query_tile(engine))
+        asked = asked_by_prefill(shape, virtual, query_tile(engine))
         prefill = work.prefills * max(
             attention_flops(shape, pairs) / (gpu.flops * attention_share), asked / gpu.cache_bandwidth
         )
@@ -414,10 +430,12 @@ def decoder_time(shape: Shape, engine: Engine, work: Work, gpu: Gpu) -> float:
             stored * shape.token_kv_bytes / (gpu.bandwidth * gpu.bandwidth_share),
             asked_by_decode(shape, asking, *asked_rows) / gpu.cache_bandwidth,
         )
-        # An active engine also writes and reads a copy of the row per virtual query of a prompt.
         passes = gpu.hybrid_layer_passes if reduction.active else gpu.stock_layer_passes
-        copies = 2 * work.prefills * virtual if reduction.active else 0.0
-        moved = (rows * passes + copies) * shape.width * shape.number_bytes
+        moved = float(rows * passes * shape.width * shape.number_bytes)
+        if reduction.active:
+            # Queries, keys, values and answers at all positions are written and read.
+            answers = virtual * shape.heads * shape.head_size * shape.number_bytes
+            moved += 2 * work.prefills * (expanded_bytes(shape, virtual) + answers)
         total += layers * (linear + prefill + read + moved / (gpu.bandwidth * gpu.bandwidth_share))
     sampled = work.prefills + len(work.decodes)
     head = shape.width * shape.vocabulary * shape.number_bytes / (gpu.bandwidth * gpu.bandwidth_share)

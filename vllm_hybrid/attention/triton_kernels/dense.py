@@ -18,7 +18,7 @@ _LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _attend(
+def _dense(
     query, key, value, query_start, key_start, out, scale, query_stride, query_head_stride, key_stride,
     key_head_stride, value_stride, value_head_stride, out_stride, out_head_stride,
     GROUP: tl.constexpr, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, QUERIES: tl.constexpr,
@@ -91,7 +91,7 @@ def causal_attention(
     """
     heads, size = query.shape[1:]
     grid = (triton.cdiv(longest_query, _QUERIES), query_start.shape[0] - 1, heads)
-    _attend[grid](
+    _dense[grid](
         query, key, value, query_start, key_start, out, scale * _LOG2_E, query.stride(0), query.stride(1),
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), out.stride(0), out.stride(1),
         GROUP=heads // key.shape[1], SIZE=size, SIZE_PAD=max(16, triton.next_power_of_2(size)),
