@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.support.fresh_process import answers_of
