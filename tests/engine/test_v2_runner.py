@@ -154,7 +154,7 @@ def test_triton_kernels_in_the_v2_runner_answer_like_the_reference(
 def test_a_kv_cache_in_fp8_answers_like_a_reference_that_rounds_keys_and_values(
     cases: Cases, answers: dict[str, dict[str, Any]]
 ) -> None:
-    """Which of two numbers is nearer may differ in the last bit of float32, so a few are off by a code."""
+    """A number near a tie may become another one where float32 differs in its last bit."""
     result = answers["fp8"]
     assert result["kv_dtypes"] == ["torch.uint8"]
     rounding = Reference(cases.work["checkpoint"], cases.work["hybrid"], kv_dtype=torch.float8_e4m3fn)
@@ -165,8 +165,7 @@ def test_a_kv_cache_in_fp8_answers_like_a_reference_that_rounds_keys_and_values(
             score = reference.score(reference.prompt_ids(text), cases.images(images), answer["tokens"])
             for step, logprobs in enumerate(answer["logprobs"]):
                 found += [abs(p - float(score.distributions[step, int(t)])) for t, p in logprobs.items()]
-    print("off by", max(off[rounding]), max(off[cases.reference]))
-    assert max(off[rounding]) < 0.03 < max(off[cases.reference])
+    assert max(off[rounding]) < 0.01 < max(off[cases.reference])
 
 
 def test_a_request_whose_page_is_another_s_ends_with_an_error_and_alone(interpreted: dict[str, Any]) -> None:

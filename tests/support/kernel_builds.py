@@ -2,6 +2,7 @@
 
     python -m tests.support.kernel_builds            # a table of Markdown, as in docs/kernels.md
     python -m tests.support.kernel_builds --json     # one object per compiled variant
+    python -m tests.support.kernel_builds --loops decode     # instructions in the loops of a kernel
 
 The functions that the attention layer calls run as they are, on small CPU tensors with the heads of a real
 model; only the last step differs: a launch compiles, for the architecture asked for, and does not run. So
@@ -276,6 +277,35 @@ def build(architecture: int) -> list[Build]:
     return found
 
 
+def loop_lengths(code: str) -> list[int]:
+    """Instructions between the first and the last of each loop of a disassembly, inner loops included."""
+    places: dict[str, int] = {}
+    found, count = [], 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            places[label[1]] = count
+        if not re.search(r"/\*[0-9a-f]{4,}\*/", line):
+            continue
+        count += 1
+        back = re.search(r"\bBRA\b[^`]*`\((\.L_x_\d+)\)", line)
+        if back and back[1] in places:
+            found.append(count - places[back[1]])
+    return found
+
+
+def print_loops(kernel: str, architecture: int) -> None:
+    """Print the loops of a kernel's variants in bf16 and for the first shape, and the constants of each."""
+    with compiling(architecture) as built:
+        for requests, tokens in STEPS:
+            attend(SHAPES[0], DTYPES[0], requests, tokens)
+        for name, compiled, _ in built:
+            if name == f"_{kernel}":
+                lengths = loop_lengths(_disassembled(compiled.asm["cubin"]))
+                print(
+                    f"sm_{architecture}, {compiled.metadata.num_warps} warps: loops of {lengths} instructions"
+                )
+
+
 def table(builds: list[Build]) -> str:
     """Markdown: per kernel and architecture the most that any variant needs."""
     lines = [
@@ -299,12 +329,17 @@ def table(builds: list[Build]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--loops", metavar="KERNEL")
     parser.add_argument("--sm", type=int, choices=ARCHITECTURES, action="append")
     args = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         # A kernel from the cache would not be assembled, and ptxas would say nothing.
         os.environ["TRITON_CACHE_DIR"] = cache
+        if args.loops:
+            for architecture in args.sm or ARCHITECTURES:
+                print_loops(args.loops, architecture)
+            return
         builds = [one for architecture in args.sm or ARCHITECTURES for one in build(architecture)]
     print(json.dumps([asdict(one) for one in builds]) if args.json else table(builds))
 

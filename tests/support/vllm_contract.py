@@ -25,6 +25,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import inspect
 import json
 import sys
@@ -93,6 +94,34 @@ class Gone(Exception):
     """vLLM does not have a name; the text says what is missing."""
 
 
+# Modules that import only with files compiled for CUDA, and where their functions are written.
+TEXT_ONLY = {"vllm.vllm_flash_attn": "vllm_flash_attn/flash_attn_interface.py"}
+
+
+def _from_text(module: str, name: str) -> Any:
+    """A function that has the parameters of one in the text of a module, and nothing inside.
+
+    Raises:
+        Gone: the text has no such function.
+
+    """
+    package = importlib.util.find_spec("vllm")
+    assert package is not None and package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0]) / TEXT_ONLY[module]
+    for node in ast.parse(file.read_text()).body if file.exists() else []:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            own: ast.arguments = node.args
+            for argument in (*own.posonlyargs, *own.args, *own.kwonlyargs):
+                argument.annotation = None
+            own.defaults = [ast.Constant(None) for _ in own.defaults]
+            own.kw_defaults = [default and ast.Constant(None) for default in own.kw_defaults]
+            node.body, node.decorator_list, node.returns = [ast.Pass()], [], None
+            made: dict[str, Any] = {}
+            exec(compile(ast.fix_missing_locations(ast.Module([node], [])), str(file), "exec"), made)
+            return made[name]
+    raise Gone("is gone")
+
+
 def resolve(name: str) -> Any:
     """The object of a full name, whatever part of the name is a module.
 
@@ -100,6 +129,9 @@ def resolve(name: str) -> Any:
         Gone: there is none.
 
     """
+    module, _, last = name.rpartition(".")
+    if module in TEXT_ONLY:
+        return _from_text(module, last)
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
         module = ".".join(parts[:count])

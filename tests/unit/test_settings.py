@@ -22,6 +22,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.support.configurations import MERGES, PRUNES, configure
 from tests.support.engines import STOCK, checkpoint
 from tests.support.tiny_checkpoints import write_checkpoint
+from vllm_hybrid.attention import select
 from vllm_hybrid.config import HybridConfig
 from vllm_hybrid.levels import Level, Levels
 from vllm_hybrid.startup import overrides, settings
@@ -89,6 +90,43 @@ def test_an_unsupported_option_is_refused(hybrid: Any, options: dict[str, Any], 
         ValueError, match=f"{feature}.* is not supported with reduced image tokens; turn it off"
     ):
         configure(hybrid, **options)
+
+
+@pytest.mark.parametrize("hybrid", [MERGES, PRUNES], ids=["merging", "pruning"])
+def test_a_kv_cache_in_fp8_is_served_by_the_kernels_for_gpus(
+    hybrid: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_HYBRID_ATTENTION", "triton")
+    assert configure(hybrid, kv_cache_dtype="fp8").cache_config.cache_dtype == "fp8"
+    for options, feature in (
+        (
+            {"kv_cache_dtype": "fp8_e5m2"},
+            r"a quantised KV cache \(--kv-cache-dtype fp8_e5m2\) other than fp8",
+        ),
+        ({"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}, "a KV cache of several dtypes"),
+    ):
+        with pytest.raises(ValueError, match=f"{feature}.* is not supported with reduced image tokens"):
+            configure(hybrid, **options)
+
+
+@pytest.mark.parametrize(("capability", "served"), [(80, False), (89, True), (90, True)])
+def test_fp8_needs_a_device_that_converts_it(
+    capability: int, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(is_cpu=lambda: False, has_device_capability=lambda least: capability >= least)
+    monkeypatch.setattr(select, "current_platform", device)
+    monkeypatch.delenv("VLLM_HYBRID_ATTENTION", raising=False)
+    assert select.serves_kv_dtype("fp8") == served
+    assert select.serves_kv_dtype("bfloat16") and not select.serves_kv_dtype("nvfp4")
+
+
+def test_kv_scales_for_each_head_are_refused() -> None:
+    config = configure(MERGES)
+    config.quant_config = SimpleNamespace(kv_cache_scheme={"strategy": "attn_head"})
+    with pytest.raises(ValueError, match="scales for each head .* is not supported"):
+        settings.check_options(config)
+    config.quant_config = SimpleNamespace(kv_cache_scheme={"strategy": "tensor"})
+    settings.check_options(config)
 
 
 def test_a_long_prefill_threshold_is_refused_only_where_tokens_are_pruned() -> None:

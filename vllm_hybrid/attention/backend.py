@@ -67,7 +67,6 @@ class HybridBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
         "auto",
-        "float32",
         "float16",
         "bfloat16",
         "fp8",

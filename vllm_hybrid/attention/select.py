@@ -13,7 +13,7 @@ from vllm_hybrid.attention.interface import AttentionOps, AttentionPlan, KeyInde
 IMPLEMENTATION_ENV = "VLLM_HYBRID_ATTENTION"
 
 # What --kv-cache-dtype may say. FP8 is float8_e4m3fn, which hardware converts from sm_89 on.
-_FLOATS = ("auto", "float16", "bfloat16", "float32")
+_FLOATS = ("auto", "float16", "bfloat16")
 _FP8 = ("fp8", "fp8_e4m3")
 _FP8_CAPABILITY = 89
 

@@ -1,8 +1,7 @@
 """A step's keys and values into their KV rows: read once, written once.
 
 FP8 pages hold E4M3 (Micikevicius et al., arXiv 2209.05433, table 1): 4 bits of exponent with bias 7, 3 of
-mantissa. A half-precision float has the same form with 5 and 10 bits and bias 15, so that 2^-8 of a number,
-as one, has the bits of its code in front; what is behind is rounded off, ties to even.
+mantissa, and below 2^-6 multiples of 2^-9. Numbers are rounded to the nearest, ties to even.
 """
 
 from __future__ import annotations
@@ -21,11 +20,15 @@ _MOST = tl.constexpr(448.0)
 @triton.jit
 def _e4m3(x):
     """The codes, uint8, of the nearest numbers that E4M3 has; its largest for what is larger."""
-    x = tl.minimum(tl.maximum(x.to(tl.float32), -_MOST), _MOST)
-    bits = (x * 0.00390625).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-    size = bits & 0x7FFF
-    rounded = (size + 0x3F + ((size >> 7) & 1)) >> 7
-    return (rounded | ((bits >> 8) & 0x80)).to(tl.uint8)
+    x = x.to(tl.float32)
+    size = tl.minimum(tl.abs(x), _MOST)
+    bits = size.to(tl.int32, bitcast=True)
+    # A float's mantissa has 20 bits more; its exponent's bias is 120 more.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Beside 2^14 a float keeps multiples of 2^-9.
+    small = (size + 16384.0).to(tl.int32, bitcast=True) & 0xF
+    code = tl.where(size < 0.015625, small, normal)
+    return tl.where(x < 0, code | 0x80, code).to(tl.uint8)
 
 
 @triton.jit
