@@ -11,6 +11,7 @@ from itertools import chain
 
 import torch
 
+from vllm_hybrid.attention.gpu_tower import GpuTower
 from vllm_hybrid.attention.interface import AttentionOps, AttentionPlan, TierBatch
 from vllm_hybrid.attention.triton_kernels.decode import decode
 from vllm_hybrid.attention.triton_kernels.importance import importance
@@ -46,6 +47,7 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
     """
 
     flags_foreign_pages = True
+    device_tower = GpuTower()
 
     def build_key_index(
         self,
