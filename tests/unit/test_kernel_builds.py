@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kernel_builds import ARCHITECTURES, DTYPES, SHAPES, Build, launched_kernels, table
+from tests.support.kernel_builds import ARCHITECTURES, DTYPES, SHAPES, TOWER, Build, launched_kernels, table
 from tests.support.paths import ROOT
 
 
@@ -35,16 +35,30 @@ pytestmark = [
 MOST_REGISTERS = {
     "combine": 40,
     "decode": 160,
+    "join": 56,
     "log_sum": 96,
+    "match": 104,
     "mean": 40,
+    "metric": 40,
+    "owners": 32,
+    "plan": 160,
     "prefill": 248,
     "probabilities": 104,
     "sum": 32,
+    "tower_attention": 160,
     "key_index": 224,
 }
-FEWEST_BLOCKS = {"decode": 3, "prefill": 2, "key_index": 2}
+FEWEST_BLOCKS = {"decode": 3, "prefill": 2, "key_index": 2, "plan": 3, "tower_attention": 3}
 # Bytes of a block; a multiprocessor of sm_80 grants 163 KiB to one, of sm_90 227.
-MOST_SHARED = {"combine": 4096, "decode": 32768, "prefill": 49152}
+MOST_SHARED = {
+    "combine": 4096,
+    "decode": 32768,
+    "join": 4096,
+    "match": 16384,
+    "metric": 8192,
+    "prefill": 49152,
+    "tower_attention": 65536,
+}
 GATHERING = {"decode", "prefill", "log_sum", "probabilities"}
 
 
@@ -93,11 +107,17 @@ def test_registers_and_shared_memory_are_bounded(builds: list[Build]) -> None:
 
 def test_attention_multiplies_on_tensor_cores(builds: list[Build]) -> None:
     for one in builds:
-        if one.kernel == "prefill":
+        if one.kernel in ("prefill", "tower_attention"):
             assert one.products == ("wgmma" if one.architecture == 90 else "mma.sync"), one
         elif one.kernel == "decode":
             # A single query is a matrix of one row: no tensor core is of use.
             assert one.products == ("" if one.heads == SHAPES[0].name else "mma.sync"), one
+
+
+def test_the_tower_reads_features_16_bytes_at_a_time(builds: list[Build]) -> None:
+    features = [one for one in builds if one.kernel in ("tower_attention", "metric", "join")]
+    assert {one.heads for one in features} == {TOWER.name}
+    assert [one for one in features if one.widest_load != 16] == []
 
 
 def test_pages_are_read_16_bytes_at_a_time(builds: list[Build]) -> None:

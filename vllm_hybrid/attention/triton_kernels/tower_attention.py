@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_hybrid.attention.triton_kernels.decode import dot_type
 from vllm_hybrid.attention.triton_kernels.stretches import find_stretch, tile_count
 
 _QUERIES = 64
 _KEYS = 64
-_DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -101,6 +101,6 @@ def tower_attention(
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         out.stride(0), out.stride(1),
         SIZE=head_size, SIZE_PAD=max(16, triton.next_power_of_2(head_size)), QUERIES=_QUERIES, KEYS=_KEYS,
-        DOT=_DOT[query.dtype],
+        DOT=dot_type(query.dtype),
     )  # fmt: skip
     return out

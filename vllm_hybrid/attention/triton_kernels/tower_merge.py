@@ -19,10 +19,11 @@ from vllm_hybrid.attention.triton_kernels.stretches import find_stretch, tile_co
 
 # Tokens of a tile of the match and the plan: half are A, half are B.
 _TILE = 64
-# Tokens that these are compared with at a time.
-_OTHERS = 64
+# Tokens that these are compared with at a time; more would need more registers than there are.
+_OTHERS = 32
 _COUNTS = 128
 _METRIC_ROWS = 16
+_STEP = 16
 _CHANNELS = 512
 _MEMBERS = 4
 _PATCHES = 128
@@ -53,19 +54,34 @@ def metric(key: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _unit_rows(metric, row, there, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr):
-    """float32 [n, SIZE_PAD]: rows at length 1, zero elsewhere."""
-    channel = tl.arange(0, SIZE_PAD)
+def _channels(metric, row, there, channel, SIZE: tl.constexpr):
+    """float32 [n, channels] of some rows of the metric, zero elsewhere."""
     at = metric + row.to(tl.int64)[:, None] * SIZE + channel[None, :]
-    x = tl.load(at, mask=there[:, None] & (channel < SIZE)[None, :], other=0.0)
-    norm = tl.sqrt(tl.sum(x * x, axis=1))
-    return x / tl.maximum(norm, 1e-12)[:, None]
+    return tl.load(at, mask=there[:, None] & (channel < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def _cosines(metric, a, real_a, b, real_b, SIZE: tl.constexpr, STEP: tl.constexpr):
+    """float32 [n, m]: cosine of rows ``a`` and rows ``b`` of the metric."""
+    product = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    square_a = tl.zeros([a.shape[0]], tl.float32)
+    square_b = tl.zeros([b.shape[0]], tl.float32)
+    for at in range(0, SIZE, STEP):
+        channel = at + tl.arange(0, STEP)
+        x = _channels(metric, a, real_a, channel, SIZE)
+        y = _channels(metric, b, real_b, channel, SIZE)
+        # Cosines decide, so they are multiplied in float32, which no tensor core does.
+        product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
+        square_a += tl.sum(x * x, axis=1)
+        square_b += tl.sum(y * y, axis=1)
+    product = product / tl.maximum(tl.sqrt(square_a), 1e-12)[:, None]
+    return product / tl.maximum(tl.sqrt(square_b), 1e-12)[None, :]
 
 
 @triton.jit
 def _match(
     metric, starts, threshold, into, merging, stretches,
-    SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, TILE: tl.constexpr, OTHERS: tl.constexpr,
+    SIZE: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     image = find_stretch(starts, tile, stretches, TILE)
@@ -76,13 +92,11 @@ def _match(
     count = 0
     if begin < length:
         a = begin + 2 * tl.arange(0, TILE // 2)
-        unit_a = _unit_rows(metric, first + a, a < length, SIZE, SIZE_PAD)
         best = tl.full([TILE // 2], float("-inf"), tl.float32)
         found = tl.zeros([TILE // 2], tl.int32)
         for at in range(1, length, 2 * OTHERS):
             b = at + 2 * tl.arange(0, OTHERS)
-            unit_b = _unit_rows(metric, first + b, b < length, SIZE, SIZE_PAD)
-            score = tl.dot(unit_a, tl.trans(unit_b), input_precision="ieee")
+            score = _cosines(metric, first + a, a < length, first + b, b < length, SIZE, STEP)
             score = tl.where((b < length)[None, :], score, float("-inf"))
             top = tl.max(score, axis=1)
             # The earlier of equals, here and between the rounds of the loop.
@@ -242,7 +256,7 @@ def plan_merge(
     member_start, member_count = torch.empty(2, capacity, dtype=torch.int32, device=metric.device)
     _match[(tiles,)](
         metric, starts, threshold, into, merging, stretches,
-        SIZE=size, SIZE_PAD=max(16, triton.next_power_of_2(size)), TILE=_TILE, OTHERS=_OTHERS,
+        SIZE=size, STEP=_STEP, TILE=_TILE, OTHERS=_OTHERS,
     )  # fmt: skip
     _plan[(tiles,)](
         into, merging, starts, bounds, index, order, member_start, member_count, stretches, capacity,
