@@ -4,8 +4,8 @@ What images of one kind (one level) needed is learned from the read at the end o
 layer, the tokens of an image on average over the batch. A later batch gets, for each of its images, the most
 of that over the last batches and an eighth on top. This is a guess about pictures. A batch that needs more is
 run again with a row for every token, which is always enough. Then nothing is guessed for one batch, after the
-next such failure for two, then four and so on up to 256: pictures chosen to fail cost a second run in one of
-hundreds of batches.
+next such failure for two, then four and so on up to 64: pictures chosen to fail cost a second run in one of
+65 batches, after the first few.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import math
 from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 
-WINDOW = 32
+WINDOW = 64
 SLACK = 9 / 8
 # Rows are a multiple of this share of a batch's unmerged tokens, so that few shapes occur.
 STEPS = 32
-LONGEST_PAUSE = 256
+LONGEST_PAUSE = 64
 # Batches without a failure after which a pause gets shorter again.
-TRUSTED_AFTER = 256
+TRUSTED_AFTER = 64
 
 
 class TowerCapacity:
