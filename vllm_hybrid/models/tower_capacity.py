@@ -1,8 +1,9 @@
 """How many rows the host grants the tower's layers before it knows how many tokens will be left.
 
 What images of one kind (one level) needed is learned from the read at the end of every batch: after each
-layer, the tokens of an image on average over the batch. A later batch gets, for each of its images, the most
-of that over the last batches and an eighth on top. This is a guess about pictures. A batch that needs more is
+layer, the tokens of an image on average. A later batch of n images gets n times the average over the last
+batches, plus what the farthest of those was above it, as a sum of independent pictures would be (by the root
+of how many they are), and a little on top. This is a guess about pictures. A batch that needs more is
 run again with a row for every token, which is always enough. Then nothing is guessed for one batch, after the
 next such failure for two, then four and so on up to 64: pictures chosen to fail cost a second run in one of
 65 batches, after the first few.
@@ -10,17 +11,21 @@ next such failure for two, then four and so on up to 64: pictures chosen to fail
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 
+import numpy as np
+
 WINDOW = 64
-SLACK = 9 / 8
+SLACK = 17 / 16
 # Rows are a multiple of this share of a batch's unmerged tokens, so that few shapes occur.
-STEPS = 32
+STEPS = 64
 LONGEST_PAUSE = 64
 # Batches without a failure after which a pause gets shorter again.
 TRUSTED_AFTER = 64
+
+# How many images of a kind a batch had, and their mean tokens after each layer.
+_Batch = tuple[int, np.ndarray]
 
 
 class TowerCapacity:
@@ -35,7 +40,7 @@ class TowerCapacity:
     def __init__(self) -> None:
         self.batches = 0
         self.reruns = 0
-        self._means: dict[Hashable, deque[list[float]]] = {}
+        self._seen: dict[Hashable, deque[_Batch]] = {}
         self._pause = 1
         self._paused = 0
         self._held = 0
@@ -55,19 +60,13 @@ class TowerCapacity:
         if self._paused > 0:
             self._paused -= 1
             return None
-        if any(kind not in self._means for kind in kinds):
+        if any(kind not in self._seen for kind in kinds):
             return None
         unmerged = len(kinds) * length
         step = -(-unmerged // STEPS)
-        granted, rows = [], unmerged
-        for layer in range(layers):
-            wanted = sum(
-                count * max(means[layer] for means in self._means[kind])
-                for kind, count in Counter(kinds).items()
-            )
-            rows = min(rows, math.ceil(wanted * SLACK / step) * step)
-            granted.append(rows)
-        return granted
+        wanted = sum(_wanted(self._seen[kind], images) for kind, images in Counter(kinds).items())
+        rows = np.minimum(np.ceil(wanted * SLACK / step).astype(int) * step, unmerged)
+        return np.minimum.accumulate(rows).tolist()
 
     def learn(self, kinds: Sequence[Hashable], lengths: Sequence[Sequence[int]]) -> None:
         """Take in what a batch needed.
@@ -79,8 +78,8 @@ class TowerCapacity:
         """
         for kind in set(kinds):
             own = [image for image, its_kind in enumerate(kinds) if its_kind == kind]
-            means = [sum(row[image] for image in own) / len(own) for row in lengths]
-            self._means.setdefault(kind, deque(maxlen=WINDOW)).append(means)
+            mean = np.array(lengths)[:, own].mean(axis=1)
+            self._seen.setdefault(kind, deque(maxlen=WINDOW)).append((len(own), mean))
 
     def count(self, overflowed: bool) -> None:
         """Note how a batch that had been granted fewer rows went."""
@@ -93,3 +92,12 @@ class TowerCapacity:
         self._held += 1
         if self._held == TRUSTED_AFTER:
             self._pause, self._held = max(1, self._pause // 2), 0
+
+
+def _wanted(seen: Sequence[_Batch], images: int) -> np.ndarray:
+    """Tokens that some images of one kind are expected to have at most, after each layer."""
+    counts = np.array([count for count, _ in seen])[:, None]
+    means = np.stack([mean for _, mean in seen])
+    average = (counts * means).sum(axis=0) / counts.sum()
+    farthest = ((means - average) * np.sqrt(counts)).max(axis=0)
+    return images * average + np.sqrt(images) * farthest
