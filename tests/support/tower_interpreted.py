@@ -31,6 +31,7 @@ from vllm_hybrid.method.token_merging import LiveTokens  # noqa: E402
 from vllm_hybrid.models import clip  # noqa: E402
 from vllm_hybrid.models.clip import by_layer, encode_merged  # noqa: E402
 from vllm_hybrid.models.clip_on_device import DeviceEncoder, run_layers  # noqa: E402
+from vllm_hybrid.models.tower_capacity import FEWEST  # noqa: E402
 
 patch_once_a_launch()
 TOWER = GpuTower()
@@ -221,10 +222,16 @@ def test_a_batch_that_needs_more_rows_than_its_forerunners_is_run_again(seed: in
     flat, flat_tokens = decided(tower, 48, 32, 0.05, thresholds)
     busy, busy_tokens = decided(tower, 48, 32, 2.0, thresholds)
     assert len(flat_tokens.members) * 2 < len(busy_tokens.members)
-    for number, (rows, tokens) in enumerate([(flat, flat_tokens)] * 3 + [(busy, busy_tokens)] * 3):
+    for number in range(FEWEST):
+        if number < 2:
+            check(encoder.encode(tower, flat[None], [thresholds]), [flat_tokens])
+        else:
+            encoder.capacity.learn([thresholds], [[len(flat_tokens.members)]] * 2)
+    for rows, tokens, reruns in [(flat, flat_tokens, 0), *[(busy, busy_tokens, 1)] * 3]:
         check(encoder.encode(tower, rows[None], [thresholds]), [tokens])
-        assert encoder.capacity.reruns == (number >= 3)
-    assert encoder.capacity.batches == 4
+        assert encoder.capacity.reruns == reruns
+    # A pause of one batch, then rows as the busy one needs.
+    assert encoder.capacity.batches == 3
 
 
 @torch.inference_mode()
@@ -236,6 +243,23 @@ def test_blank_pictures_merge_as_far_as_may_be(seed: int) -> None:
     # 132 tokens: 65 of 66 A merge; of the 67, the class token and 66 B, 33 A but the class token; and so on.
     assert live.counts == [17, 131, 17]
     assert live.owner[0].bincount().max() >= 65
+
+
+@torch.inference_mode()
+def test_warming_up_launches_every_kernel_and_learns_nothing(seed: int) -> None:
+    tower, encoder = make_tower(1, 1, 16), DeviceEncoder(TOWER)
+    rows = torch.stack([picture(5, 16, 0.4) for _ in range(2)])
+    asked = {}
+    for name in ("first batch", "warm-up"):
+        with trace_step() as trace:
+            if name == "warm-up":
+                encoder.warm_up(tower, rows)
+            else:
+                DeviceEncoder(TOWER).encode(tower, rows, [(0.9,)] * 2)
+        asked[name] = {one.split(" ")[0] for one in trace.operations if one.startswith("_")}
+        assert (trace.waits == []) == (name == "warm-up")
+    assert asked["warm-up"] == asked["first batch"] and len(asked["warm-up"]) == 6
+    assert encoder.capacity.rows([(0.9,)], 6, 1) is None
 
 
 @torch.inference_mode()

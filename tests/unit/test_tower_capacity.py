@@ -7,6 +7,7 @@ import random
 import pytest
 
 from vllm_hybrid.models.tower_capacity import (
+    FEWEST,
     LONGEST_PAUSE,
     SLACK,
     STEPS,
@@ -28,21 +29,29 @@ def batch(capacity: TowerCapacity, kinds: list[str], left: list[list[int]]) -> t
     return granted is not None, failed
 
 
+def learned(kinds: list[str], left: list[list[int]]) -> TowerCapacity:
+    """One that has seen as many of a batch as it takes."""
+    capacity = TowerCapacity()
+    for _ in range(FEWEST):
+        capacity.learn(kinds, left)
+    return capacity
+
+
 def alike(images: int, *tokens: int) -> list[list[int]]:
     return [[left] * images for left in tokens]
 
 
-def test_a_kind_that_was_not_seen_gets_a_row_for_every_token() -> None:
+def test_a_kind_that_was_seldom_seen_gets_a_row_for_every_token() -> None:
     capacity = TowerCapacity()
-    assert capacity.rows(["low"], LENGTH, LAYERS) is None
-    capacity.learn(["low"], alike(1, 400, 200, 100))
+    for _ in range(FEWEST):
+        assert capacity.rows(["low"], LENGTH, LAYERS) is None
+        capacity.learn(["low"], alike(1, 400, 200, 100))
     assert capacity.rows(["low"], LENGTH, LAYERS) is not None
     assert capacity.rows(["low", "high"], LENGTH, LAYERS) is None
 
 
 def test_rows_are_a_little_more_than_was_needed_rounded_up_and_never_more_than_before() -> None:
-    capacity = TowerCapacity()
-    capacity.learn(["low"] * 2, [[500, 300], [100, 300], [90, 110]])
+    capacity = learned(["low"] * 2, [[500, 300], [100, 300], [90, 110]])
     granted = capacity.rows(["low"] * 10, LENGTH, LAYERS)
     step = -(-10 * LENGTH // STEPS)
     assert granted is not None and all(rows % step == 0 for rows in granted)
@@ -57,8 +66,7 @@ def test_rows_are_a_little_more_than_was_needed_rounded_up_and_never_more_than_b
 
 
 def test_kinds_in_one_batch_are_granted_rows_each() -> None:
-    capacity = TowerCapacity()
-    capacity.learn(["low", "full"], [[100, 577], [64, 577], [32, 577]])
+    capacity = learned(["low", "full"], [[100, 577], [64, 577], [32, 577]])
     (rows, *_) = capacity.rows(["low", "full", "full"], LENGTH, LAYERS) or []
     assert 2 * 577 + 100 < rows <= 3 * 577
     (rows, *_) = capacity.rows(["low"] * 3, LENGTH, LAYERS) or []
@@ -67,7 +75,7 @@ def test_kinds_in_one_batch_are_granted_rows_each() -> None:
 
 def test_what_single_pictures_differ_by_counts_by_the_root_of_their_number() -> None:
     capacity = TowerCapacity()
-    for tokens in (100, 200):
+    for tokens in (100, 200) * FEWEST:
         capacity.learn(["low"], alike(1, *[tokens] * LAYERS))
     for images in (1, 4, 16):
         (rows, *_) = capacity.rows(["low"] * images, LENGTH, LAYERS) or []
@@ -76,16 +84,14 @@ def test_what_single_pictures_differ_by_counts_by_the_root_of_their_number() -> 
 
 
 def test_pictures_long_ago_are_forgotten() -> None:
-    capacity = TowerCapacity()
-    capacity.learn(["low"], alike(1, 500, 500, 500))
+    capacity = learned(["low"], alike(1, 500, 500, 500))
     for _ in range(WINDOW):
         capacity.learn(["low"], alike(1, 100, 100, 100))
     assert max(capacity.rows(["low"] * 4, LENGTH, LAYERS) or []) < 4 * 150
 
 
 def test_pauses_grow_with_failures_and_shrink_with_trust() -> None:
-    capacity = TowerCapacity()
-    capacity.learn(["low"], alike(1, 1, 1, 1))
+    capacity = learned(["low"], alike(1, 1, 1, 1))
     for pause in [1, 2, 4, 8, 16, 32, 64, 64]:
         assert capacity.rows(["low"], LENGTH, LAYERS) is not None
         capacity.count(True)

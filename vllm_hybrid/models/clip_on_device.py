@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,6 +52,13 @@ class DeviceEncoder:
             lengths = Lengths.read(tokens)
         self.capacity.learn(thresholds, _after_layers(lengths, [row is not None for row in rows], length))
         return live_tokens(tokens, owner, lengths.images[-1])
+
+    def warm_up(self, tower: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
+        """Have every kernel compiled that a batch needs, by one image in which nothing merges."""
+        hidden = embed_patches(tower, pixel_values[:1])
+        layers, rows = len(tower.vision_model.encoder.layers), hidden.shape[1]
+        never = torch.full((1,), math.inf, device=hidden.device)
+        run_layers(tower, hidden, [never] * layers, [rows] * layers, self._ops)
 
 
 def run_layers(

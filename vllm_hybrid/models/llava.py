@@ -129,6 +129,9 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         pixel_values = image_input["pixel_values"]
         level = self._level_numbers(asked, len(pixel_values))
         thresholds = [self.hybrid.levels.all[number].thresholds for number in level]
+        if asked is None and self._device_encoder is not None:
+            # A profiling run: the first requests are not to wait for a compiler.
+            self._device_encoder.warm_up(self.vision_tower, pixel_values)
         live = self._encode(pixel_values, thresholds)
         projected = map_row_chunks(self.multi_modal_projector, live.features)
         features = projected.new_zeros(len(live.counts), self.patches, projected.shape[1])

@@ -17,6 +17,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 WINDOW = 64
+# Batches of a kind that have to be known before one is guessed: how far pictures differ shows late.
+FEWEST = 16
 SLACK = 17 / 16
 # Rows are a multiple of this share of a batch's unmerged tokens, so that few shapes occur.
 STEPS = 64
@@ -60,7 +62,7 @@ class TowerCapacity:
         if self._paused > 0:
             self._paused -= 1
             return None
-        if any(kind not in self._seen for kind in kinds):
+        if any(len(self._seen.get(kind, ())) < FEWEST for kind in kinds):
             return None
         unmerged = len(kinds) * length
         step = -(-unmerged // STEPS)

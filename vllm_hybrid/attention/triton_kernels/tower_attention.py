@@ -29,7 +29,8 @@ def _load_rows(base, row, row_stride, there, SIZE: tl.constexpr, SIZE_PAD: tl.co
     return tl.load(at, mask=there[:, None] & (channel < SIZE)[None, :], other=0.0)
 
 
-@triton.jit
+# Neither the number of images nor where a layer's bounds begin is a reason to compile again.
+@triton.jit(do_not_specialize=["stretches"], do_not_specialize_on_alignment=["starts"])
 def _tower_attention(
     query, key, value, size, starts, out, scale, stretches,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,

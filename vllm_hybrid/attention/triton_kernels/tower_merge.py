@@ -10,12 +10,16 @@ from ``starts``, on the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_hybrid.attention.triton_kernels.stretches import find_stretch, tile_count
+
+# What differs from batch to batch is no reason to compile a kernel again: numbers of rows and images, and
+# where a layer's part of a tensor begins.
 
 # Tokens of a tile of the match and the plan: half are A, half are B.
 _TILE = 64
@@ -29,7 +33,7 @@ _MEMBERS = 4
 _PATCHES = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _metric(key, out, rows, heads, stride, head_stride, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr,
             ROWS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -78,7 +82,7 @@ def _cosines(metric, a, real_a, b, real_b, SIZE: tl.constexpr, STEP: tl.constexp
     return product / tl.maximum(tl.sqrt(square_b), 1e-12)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stretches"], do_not_specialize_on_alignment=["starts"])
 def _match(
     metric, starts, threshold, into, merging, stretches,
     SIZE: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, OTHERS: tl.constexpr,
@@ -109,7 +113,9 @@ def _match(
     tl.store(merging + tile, count)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stretches", "capacity"], do_not_specialize_on_alignment=["starts", "bounds", "index"]
+)
 def _plan(
     into, merging, starts, bounds, index, order, member_start, member_count, stretches, capacity,
     TILE: tl.constexpr, OTHERS: tl.constexpr, COUNTS: tl.constexpr,
@@ -177,7 +183,7 @@ def _plan(
     tl.store(member_count + row, 1 + tl.where(is_b, joined, 0), mask=heads_members)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["total"])
 def _join(
     hidden, added, size, order, member_start, member_count, total, out, out_size, channels, stride,
     added_stride,
@@ -251,9 +257,9 @@ def plan_merge(
     rows, size = metric.shape
     stretches = starts.shape[0] - 1
     tiles = tile_count(rows, stretches, _TILE)
-    into, order = torch.empty(2, rows, dtype=torch.int32, device=metric.device)
-    merging = torch.empty(tiles, dtype=torch.int32, device=metric.device)
-    member_start, member_count = torch.empty(2, capacity, dtype=torch.int32, device=metric.device)
+    new = partial(torch.empty, dtype=torch.int32, device=metric.device)
+    into, order, merging = new(rows), new(rows), new(tiles)
+    member_start, member_count = new(capacity), new(capacity)
     _match[(tiles,)](
         metric, starts, threshold, into, merging, stretches,
         SIZE=size, STEP=_STEP, TILE=_TILE, OTHERS=_OTHERS,
@@ -291,7 +297,7 @@ def join_rows(
     return out, out_size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["merges", "bounds_stride", "index_stride"])
 def _owners(bounds, index, owner, patches, merges, bounds_stride, index_stride, PATCHES: tl.constexpr):
     image = tl.program_id(0)
     patch = tl.program_id(1) * PATCHES + tl.arange(0, PATCHES)
