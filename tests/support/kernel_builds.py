@@ -33,6 +33,7 @@ import torch
 from tests.support.paths import ROOT
 from vllm_hybrid.attention.interface import DecodeStep, RankingQuery, TierBatch
 from vllm_hybrid.kv.page_facts import fact_words
+from vllm_hybrid.method.device_tokens import DeviceTokens
 from vllm_hybrid.method.row_plan import plan_text_rows
 
 KERNELS = ROOT / "vllm_hybrid" / "attention" / "triton_kernels"
@@ -65,6 +66,9 @@ class Heads:
     kv_heads: int
     head_size: int
 
+
+# The tower of LLaVA-1.5, CLIP ViT-L at 336 pixels.
+TOWER = Heads("tower of LLaVA-1.5", 16, 16, 64)
 
 SHAPES = (Heads("LLaVA-1.5-7B", 32, 32, 128), Heads("grouped, 32 over 8", 32, 8, 128))
 
@@ -215,6 +219,20 @@ def attend(heads: Heads, pages: torch.dtype, requests: int, tokens: int) -> None
         ops.importance(query, kv_rows, plan, cos_sin_cache, scale)
 
 
+def encode(heads: Heads, dtype: torch.dtype) -> None:
+    """Everything of its own that a merging layer of the tower launches, and the end of the tower."""
+    from vllm_hybrid.attention.gpu_tower import GpuTower
+
+    ops = GpuTower()
+    width = heads.heads * heads.head_size
+    tokens = DeviceTokens.start(torch.zeros(2, PATCHES + 1, width, dtype=dtype), 1)
+    qkv = torch.zeros(tokens.rows, 3 * width, dtype=dtype)
+    query, key, value = qkv.unflatten(-1, (3, heads.heads, heads.head_size)).unbind(1)
+    added = ops.attend(query, key, value, tokens, heads.head_size**-0.5).flatten(-2)
+    merged = ops.merge(tokens, added, ops.metric(key), torch.zeros(2), tokens.rows // 2)
+    ops.owners(merged, PATCHES)
+
+
 # Requests and rows of each: prompts, one prompt, and decodes with keys cut into many, some and one part.
 STEPS = ((3, 40), (1, 40), (1, 1), (5, 1), (68, 1))
 
@@ -274,6 +292,10 @@ def build(architecture: int) -> list[Build]:
                     attend(heads, dtype, requests, tokens)
                 found += [_described(*one, architecture, heads, dtype) for one in built]
                 built.clear()
+        for dtype in DTYPES:
+            encode(TOWER, dtype)
+            found += [_described(*one, architecture, TOWER, dtype) for one in built]
+            built.clear()
     return found
 
 

@@ -18,6 +18,7 @@ from tests.support.kernel_builds import (
     DTYPES,
     FP8_ARCHITECTURES,
     SHAPES,
+    TOWER,
     Build,
     launched_kernels,
     table,
@@ -45,17 +46,32 @@ MOST_REGISTERS = {
     "dense": 248,
     "expand_keys": 168,
     "expand_queries": 128,
+    "join": 56,
     "key_index": 255,
     "log_sum": 128,
+    "match": 104,
     "mean": 40,
+    "metric": 40,
+    "owners": 32,
+    "plan": 160,
     "probabilities": 128,
     "sum": 32,
+    "tower_attention": 160,
     "write": 40,
 }
 # Four where nothing is said. sm_120 has the least shared memory.
-FEWEST_BLOCKS = {"dense": 1, "expand_keys": 3, "key_index": 1}
+FEWEST_BLOCKS = {"dense": 1, "expand_keys": 3, "key_index": 1, "plan": 3, "tower_attention": 1}
 # Bytes of a block; a multiprocessor of sm_80 grants 163 KiB to one, of sm_90 and sm_100 227, of sm_120 99.
-MOST_SHARED = {"combine": 8192, "decode": 8192, "dense": 69632, "expand_keys": 8192}
+MOST_SHARED = {
+    "combine": 8192,
+    "decode": 8192,
+    "dense": 69632,
+    "expand_keys": 8192,
+    "join": 4096,
+    "match": 16384,
+    "metric": 8192,
+    "tower_attention": 65536,
+}
 # Bytes that threads move to memory and back; sm_100 has a library for what this kernel does.
 MOST_SPILLED = {("dense", 100): 16}
 ATTENTION = {"decode", "dense", "log_sum", "probabilities"}
@@ -117,8 +133,14 @@ def test_registers_and_shared_memory_are_bounded(builds: list[Build]) -> None:
 def test_dense_attention_multiplies_on_tensor_cores(builds: list[Build]) -> None:
     for one in builds:
         # Elsewhere a single query is a matrix of one row: no tensor core is of use.
-        wanted = MATRIX_INSTRUCTION[one.architecture] if one.kernel == "dense" else ""
+        wanted = MATRIX_INSTRUCTION[one.architecture] if one.kernel in ("dense", "tower_attention") else ""
         assert one.products == wanted, one
+
+
+def test_the_tower_reads_features_16_bytes_at_a_time(builds: list[Build]) -> None:
+    features = [one for one in builds if one.kernel in ("tower_attention", "metric", "join")]
+    assert {one.heads for one in features} == {TOWER.name}
+    assert [one for one in features if one.widest_load != 16] == []
 
 
 def test_pages_are_read_16_bytes_at_a_time(builds: list[Build]) -> None:

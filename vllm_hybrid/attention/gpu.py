@@ -11,6 +11,7 @@ from itertools import chain
 
 import torch
 
+from vllm_hybrid.attention.gpu_tower import GpuTower
 from vllm_hybrid.attention.interface import AttentionOps, AttentionPlan, DecodeStep, TierBatch
 from vllm_hybrid.attention.prefill import (
     PrefillPlan,
@@ -53,6 +54,7 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
     """
 
     flags_foreign_pages = True
+    device_tower = GpuTower()
 
     def write_pages(
         self, key: torch.Tensor, value: torch.Tensor, kv_rows: torch.Tensor, kv_row_index: torch.Tensor

@@ -14,6 +14,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 
 from vllm_hybrid.method import token_merging
+from vllm_hybrid.method.device_tokens import DeviceTokens
 from vllm_hybrid.method.row_plan import RowPlan
 from vllm_hybrid.method.token_merging import PackedTokens
 
@@ -160,6 +161,61 @@ class AttentionPlan(Generic[KeyIndexT]):
 PlanT = TypeVar("PlanT", bound=AttentionPlan)
 
 
+class DeviceTower(ABC):
+    """Attention and merging of the vision tower where only the device knows how many tokens an image has.
+
+    All shapes are chosen by the host, and nothing waits for the device.
+    """
+
+    @abstractmethod
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: DeviceTokens, scale: float
+    ) -> torch.Tensor:
+        """Proportional attention inside every image (ToMe, arXiv 2210.09461, section 3.2).
+
+        Args:
+            query: [rows, heads, head_size], channels contiguous, packed like ``tokens.hidden``; keys and
+                values alike.
+            key: see query.
+            value: see query.
+            tokens: the images' tokens; log(size) is added to the logits of the keys, in float32.
+            scale: factor on the logits.
+
+        Returns:
+            [rows, heads, head_size], zeros at padding.
+
+        """
+
+    @abstractmethod
+    def metric(self, key: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, head_size]: keys [rows, heads, head_size] summed over heads."""
+
+    @abstractmethod
+    def merge(
+        self,
+        tokens: DeviceTokens,
+        added: torch.Tensor,
+        metric: torch.Tensor,
+        threshold: torch.Tensor,
+        capacity: int,
+    ) -> DeviceTokens:
+        """Add to the tokens' features and merge (DyMU, section 3.1); see :func:`token_merging.merge`.
+
+        Args:
+            tokens: the tokens.
+            added: [rows, C], what attention adds to their features.
+            metric: float32 [rows, D], the keys' sum over all heads.
+            threshold: float32 [images], least cosine, exclusive; infinity where nothing merges.
+            capacity: rows of the result. Where more are needed, ``bounds`` of the result says so, and
+                nothing else of it counts.
+
+        """
+
+    @abstractmethod
+    def owners(self, tokens: DeviceTokens, patches: int) -> torch.Tensor:
+        """int64 [images, patches]: the live token that holds each patch after the last merge."""
+
+
 class AttentionOps(ABC, Generic[KeyIndexT, PlanT]):
     """One implementation of virtual unmerging attention (DyMU, arXiv 2504.17040, section 3.2).
 
@@ -169,6 +225,9 @@ class AttentionOps(ABC, Generic[KeyIndexT, PlanT]):
 
     flags_foreign_pages: ClassVar[bool] = False
     """Whether a page of another request is flagged; otherwise building the index raises."""
+
+    device_tower: ClassVar[DeviceTower | None] = None
+    """The tower's operations where a read of lengths would wait for a device; None where lengths are free."""
 
     def write_pages(
         self, key: torch.Tensor, value: torch.Tensor, kv_rows: torch.Tensor, kv_row_index: torch.Tensor

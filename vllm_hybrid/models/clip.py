@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from vllm.model_executor.models.clip import CLIPEncoderLayer, CLIPVisionModel
@@ -35,20 +34,25 @@ def encode_merged(
         The live tokens at the feature layer.
 
     """
-    model = tower.vision_model
-    hidden = model.pre_layrnorm(model.embeddings(pixel_values.to(model.dtype)))
+    hidden = embed_patches(tower, pixel_values)
     tokens = PackedTokens.start(hidden)
-    layers = model.encoder.layers
-    for layer, threshold in zip(layers, _by_layer(thresholds, len(layers), hidden.device), strict=True):
+    layers = tower.vision_model.encoder.layers
+    for layer, threshold in zip(layers, by_layer(thresholds, len(layers), hidden.device), strict=True):
         attended, metric = _attend(layer, tokens, ops, threshold is not None)
         tokens.hidden = tokens.hidden + attended
         if threshold is not None:
             tokens = merge(tokens, metric, threshold)
-        tokens.hidden = map_row_chunks(partial(_add_mlp, layer), tokens.hidden)
+        tokens.hidden = add_mlp(layer, tokens.hidden)
     return LiveTokens.of(tokens)
 
 
-def _by_layer(
+def embed_patches(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What the first layer is given: [images, 1 + P, C], of [images, 3, height, width]."""
+    model = tower.vision_model
+    return model.pre_layrnorm(model.embeddings(pixel_values.to(model.dtype)))
+
+
+def by_layer(
     thresholds: Sequence[Thresholds | None], layers: int, device: torch.device
 ) -> list[torch.Tensor | None]:
     """For each layer float32 [images], infinity where nothing merges; None where no image merges."""
@@ -60,8 +64,22 @@ def _by_layer(
     return [row if merges else None for row, merges in zip(rows, merging, strict=True)]
 
 
-def _add_mlp(layer: CLIPEncoderLayer, rows: torch.Tensor) -> torch.Tensor:
-    return rows + layer.mlp(layer.layer_norm2(rows))
+def add_mlp(layer: CLIPEncoderLayer, rows: torch.Tensor) -> torch.Tensor:
+    """The second half of a layer, of rows [T, C] whose first is done."""
+    return map_row_chunks(lambda chunk: chunk + layer.mlp(layer.layer_norm2(chunk)), rows)
+
+
+def project_heads(layer: CLIPEncoderLayer, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of rows [T, C]: [T, heads of this rank, head_size] each, views."""
+    attention = layer.self_attn
+    qkv = map_row_chunks(lambda chunk: attention.qkv_proj(layer.layer_norm1(chunk))[0], rows)
+    heads = attention.num_heads_per_partition, attention.head_dim
+    return tuple(x.unflatten(-1, heads) for x in qkv.chunk(3, dim=-1))
+
+
+def project_out(layer: CLIPEncoderLayer, attended: torch.Tensor) -> torch.Tensor:
+    """[T, C] that attention adds to rows, of answers [T, heads of this rank, head_size]."""
+    return map_row_chunks(lambda chunk: layer.self_attn.out_proj(chunk)[0], attended.flatten(-2))
 
 
 def _attend(
@@ -69,14 +87,11 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Proportional attention inside every image, and the merge metric: keys averaged over all heads."""
     attention = layer.self_attn
-    heads, head_dim = attention.num_heads_per_partition, attention.head_dim
-    qkv = map_row_chunks(lambda rows: attention.qkv_proj(layer.layer_norm1(rows))[0], tokens.hidden)
-    query, key, value = (x.unflatten(-1, (heads, head_dim)) for x in qkv.chunk(3, dim=-1))
-    attended = ops.proportional_attention(query, key, value, tokens, attention.scale).flatten(-2)
-    out = map_row_chunks(lambda rows: attention.out_proj(rows)[0], attended)
+    query, key, value = project_heads(layer, tokens.hidden)
+    out = project_out(layer, ops.proportional_attention(query, key, value, tokens, attention.scale))
     if not wants_metric:
         return out, out
     metric = key.float().sum(dim=-2)
     if attention.tp_size > 1:
         metric = sum_over_ranks(metric)
-    return out, metric / (heads * attention.tp_size)
+    return out, metric / (key.shape[1] * attention.tp_size)

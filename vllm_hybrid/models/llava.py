@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -24,10 +25,12 @@ from vllm.sequence import IntermediateTensors
 from vllm_hybrid.config import HybridConfig
 from vllm_hybrid.frontend.picture_levels import LEVEL_NUMBER
 from vllm_hybrid.frontend.processing_info import CheckingProcessor, HybridProcessingInfo
-from vllm_hybrid.levels import FULL
+from vllm_hybrid.levels import FULL, Thresholds
 from vllm_hybrid.method.row_plan import RowPlan, StepImages, to_device
+from vllm_hybrid.method.token_merging import LiveTokens
 from vllm_hybrid.models import encoder_output
 from vllm_hybrid.models.clip import encode_merged
+from vllm_hybrid.models.clip_on_device import DeviceEncoder
 from vllm_hybrid.models.llama import HybridLlamaForCausalLM
 from vllm_hybrid.models.row_padding import map_row_chunks
 from vllm_hybrid.startup.settings import check_options, hybrid_config, num_patches
@@ -97,6 +100,9 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
                 hybrid=hybrid,
                 patches=self.patches,
             )
+        self._ops = self.language_model.model.attention_ops
+        on_device = self._ops.device_tower
+        self._device_encoder = None if on_device is None else DeviceEncoder(on_device)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
@@ -123,13 +129,22 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         pixel_values = image_input["pixel_values"]
         level = self._level_numbers(asked, len(pixel_values))
         thresholds = [self.hybrid.levels.all[number].thresholds for number in level]
-        ops = self.language_model.model.attention_ops
-        live = encode_merged(self.vision_tower, pixel_values, thresholds, ops)
+        if asked is None and self._device_encoder is not None:
+            # A profiling run: the first requests are not to wait for a compiler.
+            self._device_encoder.warm_up(self.vision_tower, pixel_values)
+        live = self._encode(pixel_values, thresholds)
         projected = map_row_chunks(self.multi_modal_projector, live.features)
         features = projected.new_zeros(len(live.counts), self.patches, projected.shape[1])
         features[live.image, live.index] = projected
         outputs = encoder_output.encode(features, live.owner, to_device(level, features.device))
         return self._remember(outputs, live.counts)
+
+    def _encode(self, pixel_values: torch.Tensor, thresholds: Sequence[Thresholds | None]) -> LiveTokens:
+        """Images through the tower, each with its thresholds."""
+        merge = any(one not in (None, math.inf) for own in thresholds for one in own or ())
+        if self._device_encoder is None or not merge:
+            return encode_merged(self.vision_tower, pixel_values, thresholds, self._ops)
+        return self._device_encoder.encode(self.vision_tower, pixel_values, thresholds)
 
     def _level_numbers(self, asked: Sequence[int] | None, images: int) -> list[int]:
         """The number of each image's level; a profiling run's are as costly as any can be."""

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from vllm_hybrid.attention.triton_kernels.lists import SEGMENT  # noqa: E402
 from vllm_hybrid.method.fastv import live_to_kept  # noqa: E402
+from vllm_hybrid.models.tower_capacity import SLACK, STEPS  # noqa: E402
 from vllm_hybrid.tools.calibrate import live_schedule  # noqa: E402
 
 BLOCK_SIZE = 16
@@ -38,22 +39,24 @@ class Gpu:
         attention_share: assumed share that Triton prefill attention reaches, in stock on Triton.
         flash_tower_share: assumed share that FlashAttention 3 reaches in stock's tower (577 tokens, head
             size 64).
-        tower_attention_share: assumed share that torch's attention reaches in the tower of the hybrid (it
-            takes a bias) and of stock on Triton.
+        tower_attention_share: assumed share that attention reaches in the tower of the hybrid (Triton's, with
+            sizes) and of stock on Triton (torch's).
         bandwidth_share: assumed share of the bandwidth that weights and KV are read with.
         stock_layer_passes: assumed times that a decoder layer reads or writes its rows, in units of the
             width, between its products: norms, rotation, KV writes, activation; counted as if unfused.
         hybrid_layer_passes: the same of the hybrid. On top comes what is expanded, counted.
         tower_layer_passes: the same of a tower layer without merging.
-        merge_passes: the same, further, of a layer that merges: padding, the metric, features in float32.
+        merge_passes: the same, further, of a layer that merges: the metric reads the keys; the addition and
+            the means take one pass over the features.
         cache_bandwidth: assumed bytes per second that multiprocessors get from the L2 cache.
         launch: assumed seconds the host takes to launch one kernel outside of a CUDA graph.
         stock_layer_launches: assumed launches per decoder layer of a prefill step, stock.
         hybrid_layer_launches: the same of the hybrid: expansion and the mean add a few.
         tower_layer_launches: assumed launches per tower layer without merging.
-        merge_launches: assumed further launches of a layer that merges.
-        round_trip: assumed seconds one wait of the host for the device costs; a merging layer has one, and
-            so has a step with images.
+        merge_launches: further launches of a layer that merges: metric, match and plan; the means take the
+            place of an addition.
+        round_trip: assumed seconds one wait of the host for the device costs; a batch of images that merge
+            has one, and so has a step with images.
         step: assumed seconds per step for scheduling, sampling and messages that nothing overlaps.
 
     """
@@ -69,13 +72,13 @@ class Gpu:
     stock_layer_passes: int = 24
     hybrid_layer_passes: int = 24
     tower_layer_passes: int = 20
-    merge_passes: int = 25
+    merge_passes: int = 1
     cache_bandwidth: float = 5.5e12
     launch: float = 5e-6
     stock_layer_launches: int = 9
     hybrid_layer_launches: int = 12
     tower_layer_launches: int = 12
-    merge_launches: int = 40
+    merge_launches: int = 3
     round_trip: float = 30e-6
     step: float = 1e-3
 
@@ -169,6 +172,17 @@ def tower_tokens(shape: Shape, reduction: Reduction) -> list[tuple[float, float]
         after = live_schedule(shape.patches, reduction.live, shape.vision_layers)
         before = [float(shape.patches), *after[:-1]]
     return [(b + 1, a + 1) for b, a in zip(before, after, strict=True)]
+
+
+def tower_room(shape: Shape, reduction: Reduction) -> float:
+    """Rows that the tower computes over the tokens there are, where every picture leaves as many.
+
+    Layers are granted :data:`SLACK` times what was needed before, rounded up by half a step on average.
+    """
+    unmerged = shape.patches + 1
+    tokens = [attended for attended, _ in tower_tokens(shape, reduction)]
+    granted = [min(unmerged, SLACK * own + unmerged / (2 * STEPS)) for own in tokens]
+    return sum(granted) / sum(tokens)
 
 
 def tower_linear_flops(shape: Shape, reduction: Reduction) -> float:
@@ -374,17 +388,18 @@ def encode_time(shape: Shape, engine: Engine, images: int, gpu: Gpu) -> float:
         return 0.0
     reduction = engine.reduction
     attention_share = gpu.flash_tower_share if engine.flash else gpu.tower_attention_share
-    gemm = tower_linear_flops(shape, reduction) + matching_flops(shape, reduction)
+    room = tower_room(shape, reduction)
+    gemm = tower_linear_flops(shape, reduction) * room + matching_flops(shape, reduction)
     gemm += projector_flops(shape, reduction.live_of(shape))
     device = images * gemm / (gpu.flops * gpu.gemm_share)
     device += images * tower_attention_flops(shape, reduction) / (gpu.flops * attention_share)
     merges = reduction.live is not None
     passes = gpu.tower_layer_passes + (gpu.merge_passes if merges else 0)
-    tokens = sum(attended for attended, _ in tower_tokens(shape, reduction))
+    tokens = room * sum(attended for attended, _ in tower_tokens(shape, reduction))
     moved = images * tokens * passes * shape.vision_width * shape.number_bytes
     device += moved / (gpu.bandwidth * gpu.bandwidth_share)
     launches = gpu.tower_layer_launches + (gpu.merge_launches if merges else 0)
-    waits = gpu.round_trip * shape.vision_layers if merges else 0.0
+    waits = gpu.round_trip if merges else 0.0
     return max(device, shape.vision_layers * launches * gpu.launch) + waits
 
 

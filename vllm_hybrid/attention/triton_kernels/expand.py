@@ -65,7 +65,8 @@ def _expand_keys(
              kv_head_stride, out_stride, out_head_stride, kv_heads, HEADS, HALF, HALF_PAD)  # fmt: skip
 
 
-@triton.jit
+# How many requests there are is no reason to compile again.
+@triton.jit(do_not_specialize=["requests"])
 def _expand_queries(
     query, query_row, rope_pos, start, cos_sin_cache, out, requests, heads, query_stride, query_head_stride,
     out_stride, out_head_stride,
