@@ -45,10 +45,10 @@ MOST_REGISTERS = {
     "prefill": 248,
     "probabilities": 104,
     "sum": 32,
-    "tower_attention": 160,
+    "tower_attention": 176,
     "key_index": 224,
 }
-FEWEST_BLOCKS = {"decode": 3, "prefill": 2, "key_index": 2, "plan": 3, "tower_attention": 3}
+FEWEST_BLOCKS = {"decode": 3, "prefill": 2, "key_index": 2, "plan": 3, "tower_attention": 2}
 # Bytes of a block; a multiprocessor of sm_80 grants 163 KiB to one, of sm_90 227.
 MOST_SHARED = {
     "combine": 4096,
