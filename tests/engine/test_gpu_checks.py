@@ -112,8 +112,8 @@ def test_floors_follow_the_shape() -> None:
     rows, positions = 60 + 90 + 1, 60 + 576 + 1
     assert decode.bytes == rows * 2 * 32 * 128 * 2 + 2 * 32 * 128 * 2 + 8 * positions
     assert decode.flops == positions * 4 * 32 * 128
-    prefill = floors(2, 90, 576, 60, heads, False)["prefill"]
-    assert prefill.flops == 2 * (636 * 637 / 2) * 4 * 32 * 128
+    dense = floors(2, 90, 576, 60, heads, False)["dense"]
+    assert dense.flops == 2 * (636 * 637 / 2) * 4 * 32 * 128
 
 
 # What is wrong about a kernel's result is seen.
@@ -189,7 +189,8 @@ def test_kernels_are_checked_and_timed_through_the_interpreter(tmp_path: Path) -
     assert {row["kernel"] for row in rows} == {
         "key_index",
         "queries",
-        "prefill",
+        "expand",
+        "dense",
         "segments",
         "importance",
         "decode",
