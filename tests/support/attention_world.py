@@ -258,6 +258,13 @@ def check_later_steps(world: World, ops: Ops) -> None:
         torch.testing.assert_close(out[stretch], wanted[-later[request] :], atol=2e-5, rtol=1e-4)
 
 
+def last_rows(world: World, plan: RowPlan) -> Tensor:
+    """bool [rows of plan], the rows of the requests' last positions."""
+    last = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
+    last[plan.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    return last
+
+
 def decode_step(world: World, plan: RowPlan, unwritten: Tensor) -> interface.DecodeStep:
     """The step that brings each request's last position, which is text, as one row.
 
@@ -290,8 +297,7 @@ def check_decodes(world: World, ops: Ops, dtype: torch.dtype = torch.float32) ->
     query, key, value = (x.to(dtype) for x in random_rows(world, plan.rows.shape[0]))
     world.rows = world.rows.to(dtype)
     last = torch.tensor(world.query_start_loc_cpu[1:]) - 1
-    new = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
-    new[plan.row_of[last]] = True
+    new = last_rows(world, plan)
     stale = world.facts.clone()
     where = world.store(plan, key, value, ops)
     block, offset = (x[new] for x in world.slots(plan))

@@ -238,8 +238,7 @@ def test_a_captured_decode_writes_every_row(seed: int) -> None:
     plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     _, key, value = shared.random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value, GPU)
-    last = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
-    last[plan.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    last = shared.last_rows(world, plan)
     step = shared.decode_step(world, plan, last)
     requests, real = 4, 2
     # The host's view is the capture's; the device's is the replay's.
@@ -267,8 +266,7 @@ def test_a_step_of_decodes_is_planned_by_one_kernel_for_each_tier(seed: int) -> 
     plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     _, key, value = shared.random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value, GPU)
-    last = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
-    last[plan.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    last = shared.last_rows(world, plan)
     given = shared.decode_step(world, plan, last)
     pages = TierPages(PATCHES, world.facts, world.block_size, world.step)
     common = SimpleNamespace(
@@ -295,8 +293,7 @@ def test_a_decode_with_a_page_of_another_request_is_flagged(seed: int) -> None:
     plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     _, key, value = shared.random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value, GPU)
-    last = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
-    last[plan.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    last = shared.last_rows(world, plan)
     step = shared.decode_step(world, plan, last)
     step.block_table = world.table[[0, 0]]
     step.seq_lens = torch.tensor([PATCHES + 7, PATCHES + 9], dtype=torch.int32)
@@ -342,8 +339,7 @@ def test_decodes_from_fp8_pages(shape: tuple[int, int, int], seed: int) -> None:
     query, key, value = shared.random_rows(world, plan.rows.shape[0])
     # Image keys are stored unrotated, so that what is kept of them is known; text keys are kept exactly.
     world.store(plan, key, value, GPU)
-    last = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
-    last[plan.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    last = shared.last_rows(world, plan)
     attention = GPU.plan_decodes(shared.decode_step(world, plan, last), torch.zeros(2, dtype=torch.bool))
     given = shared.rotated_queries(world, plan, query)[last]
     exact, rounded = torch.empty_like(given), torch.empty_like(given)
@@ -361,8 +357,7 @@ def test_decodes_repeat_to_the_bit_whatever_stands_beside_them(seed: int) -> Non
     plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     query, key, value = shared.random_rows(world, plan.rows.shape[0])
     world.store(plan, key, value, GPU)
-    last = torch.zeros(plan.rows.shape[0], dtype=torch.bool)
-    last[plan.row_of[torch.tensor(world.query_start_loc_cpu[1:]) - 1]] = True
+    last = shared.last_rows(world, plan)
     step = shared.decode_step(world, plan, last)
     answers = []
     for order in ([0, 1], [1, 0]):
