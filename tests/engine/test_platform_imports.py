@@ -24,8 +24,10 @@ known = set(sys.modules)
 for name in ours:
     importlib.import_module(name)
 os.environ["VLLM_HYBRID_ATTENTION"] = attention
+from types import SimpleNamespace
 from vllm_hybrid.attention.select import select_attention
-select_attention()
+model = SimpleNamespace(dtype=torch.bfloat16, get_head_size=lambda: 128)
+select_attention(SimpleNamespace(model_config=model))
 after = (torch.cuda.Event, torch.cuda.Stream, torch.cuda.current_stream, torch.Tensor.record_stream,
          torch.Tensor.pin_memory, torch.accelerator.synchronize)
 print("LOADED " + json.dumps([sorted(set(sys.modules) - known), [a is b for a, b in zip(before, after)]]))

@@ -23,6 +23,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from tests.support import attention_world as shared  # noqa: E402
@@ -448,13 +449,18 @@ def test_prefill_in_groups(world: World, most: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_scratch_is_bounded(seed: int) -> None:
-    """No group has more keys than the bound, unless it is one request."""
+    """No group has more keys than the bound, unless it is one request; all are in one that have keys.
+
+    None has no keys: FlashAttention would clear the answers of all others with it.
+    """
     for _ in range(50):
-        bounds = torch.randint(0, 40, (int(torch.randint(1, 12, ())),)).tolist()
-        groups = prefill._cut(bounds, 50)
-        assert [n for first, end in groups for n in range(first, end)] == list(range(len(bounds)))
+        bounds = (torch.randint(0, 70, (int(torch.randint(1, 12, ())),)) - 20).clamp(min=0).tolist()
+        groups = prefill._cut(bounds, 40)
+        inside = [n for first, end in groups for n in range(first, end)]
+        assert inside == sorted(set(inside)) and {n for n, bound in enumerate(bounds) if bound} <= set(inside)
         for first, end in groups:
-            assert sum(bounds[first:end]) <= 50 or sum(bound > 0 for bound in bounds[first:end]) == 1
+            assert sum(bounds[first:end]) <= 40 or sum(bound > 0 for bound in bounds[first:end]) == 1
+            assert bounds[first] and bounds[end - 1]
     # 7B: 16384 rows a step, 4096 positions a request.
     assert prefill.scratch_bytes(16384, 4096, 32, 32, 128, 2) == 4 * 16384 * 4096 * 2
 
@@ -515,12 +521,11 @@ def test_prompts_with_a_past_or_images_read_pages(seed: int) -> None:
     assert not own_rows([20, 1, 33, 1], has_images=True)
 
 
-def test_prefill_by_flash_attention_is_called_as_it_documents(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """vLLM's function needs a GPU; what is asked of it is answered in plain torch here."""
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> tuple[gpu.GpuAttention, list[dict[str, Any]]]:
+    """Attention by vLLM's FlashAttention, answered in plain torch where that needs a GPU, and its calls."""
     signature = inspect.signature(resolve("vllm.vllm_flash_attn.flash_attn_varlen_func"))
-    calls = []
+    calls: list[dict[str, Any]] = []
 
     def documented(**given: Any) -> None:
         signature.bind(**given)
@@ -531,6 +536,8 @@ def test_prefill_by_flash_attention_is_called_as_it_documents(
         assert q.dtype == k.dtype == v.dtype == out.dtype
         assert all(x.stride(-1) == 1 for x in (q, k, v, out))
         assert given["causal"] and given["num_splits"] == 1
+        # Without a key it would clear all of out, stretches of other calls too.
+        assert k.shape[0]
         queries, keys = (x.tolist() for x in starts)
         assert given["max_seqlen_q"] >= max(b - a for a, b in zip(queries, queries[1:], strict=False))
         assert given["max_seqlen_k"] >= max(b - a for a, b in zip(keys, keys[1:], strict=False))
@@ -539,14 +546,77 @@ def test_prefill_by_flash_attention_is_called_as_it_documents(
 
     module = SimpleNamespace(flash_attn_varlen_func=documented)
     monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", module)
-    monkeypatch.setattr(
-        prefill, "select_dense_attention", lambda dtype, size: functools.partial(flash_attention, 3)
-    )
+    return gpu.GpuAttention(functools.partial(flash_attention, 3)), calls
+
+
+def test_prefill_by_flash_attention_is_called_as_it_documents(
+    world: World,
+    flash: tuple[gpu.GpuAttention, list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ops, calls = flash
     plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
-    shared.check_attention(world, plan, GPU)
+    shared.check_attention(world, plan, ops)
     monkeypatch.setattr(prefill, "SCRATCH_KEYS", 2 * PATCHES)
-    shared.check_attention(world, plan, GPU)
+    shared.check_attention(world, plan, ops)
     assert len(calls) > 2 and all(call["fa_version"] == 3 for call in calls)
+
+
+@pytest.mark.parametrize("rows", [[15, 1, 30, 1], [1, 8, 1, 60], [1, 1, 30, 2]])
+def test_decodes_stand_anywhere_between_groups(
+    rows: list[int],
+    flash: tuple[gpu.GpuAttention, list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
+    ops, calls = flash
+    monkeypatch.setattr(prefill, "SCRATCH_KEYS", 1)
+    world = text_world()
+    plan = row_plan.plan_text_rows(world.query_start_loc_cpu[-1])
+    query, key, value = shared.random_rows(world, plan.rows.shape[0])
+    world.store(plan, key, value, ops)
+    batch, virtual, _ = text_step(world, rows)
+    asked = interface.rotate(query[virtual], world.cos_sin_cache[world.positions[virtual]])
+    out = torch.full_like(asked, torch.nan)
+    attention = ops.plan(batch, world.key_index(ops))
+    ops.attend(asked, world.rows, attention, world.cos_sin_cache, world.scale, out)
+    for request in range(len(rows)):
+        own, positions = world.members(plan, request)
+        wanted = shared.reference.vtu_attention(query[own], key[own], value[own], positions, shared.THETA)
+        first, end = batch.query_start_loc_cpu[request : request + 2]
+        torch.testing.assert_close(out[first:end], wanted[first - end :], atol=2e-5, rtol=1e-4)
+    assert len(calls) == sum(own > 1 for own in rows)
+
+
+def test_groups_share_one_scratch(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """What the profiling run was told of is all that a step of several groups allocates."""
+    monkeypatch.setattr(prefill, "SCRATCH_KEYS", PATCHES + 20)
+    world = shared.several_requests((4, 2, 64, 5))
+    plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
+    query, key, value = shared.random_rows(world, plan.rows.shape[0])
+    where = world.store(plan, key, value, GPU)
+    attention = GPU.plan(world.batch(plan, where, []), world.key_index(GPU))
+    assert attention.prefill is not None and len(attention.prefill.groups) > 2
+    with AllocatedBytes() as allocated:
+        given = (world.rows, attention, world.cos_sin_cache, world.scale, torch.empty_like(query))
+        GPU.attend(query, *given)
+    answers = query.numel() * query.element_size()
+    rows, positions = world.query_start_loc_cpu[-1], max(world.lengths)
+    assert allocated.total - answers <= GPU.scratch_bytes(rows, positions, 4, 2, 64, 4)
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if str(func).startswith(("aten.new_empty", "aten.empty")):
+            self.total += result.numel() * result.element_size()
+        return result
 
 
 def test_bfloat16_pages(seed: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from vllm_hybrid.attention import backend
 from vllm_hybrid.attention.backend import HybridImpl, HybridMetadata
 from vllm_hybrid.models.step import TierPages
 
@@ -59,6 +62,8 @@ def test_facts_go_with_a_copied_block() -> None:
 
 def test_attention_refuses_a_step_whose_rows_were_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_HYBRID_ATTENTION", "reference")
+    configuration = SimpleNamespace(model_config=SimpleNamespace(max_model_len=8))
+    monkeypatch.setattr(backend, "get_current_vllm_config", lambda: configuration)
     layer = HybridImpl(2, 4, 0.5)
     rows = torch.ones(3, 2, 4)
     metadata = HybridMetadata(common=None)

@@ -126,9 +126,10 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.ops = select_attention()
+        vllm_config = get_current_vllm_config()
+        self.ops = select_attention(vllm_config)
         self.cos_sin_cache: torch.Tensor | None = None
-        self.positions = get_current_vllm_config().model_config.max_model_len
+        self.positions = vllm_config.model_config.max_model_len
 
     def forward(
         self,

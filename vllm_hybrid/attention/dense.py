@@ -3,51 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-from vllm_hybrid.attention.triton_kernels.dense import causal_attention
+from vllm_hybrid.attention.triton_kernels.dense import DenseAttention, causal_attention
 from vllm_hybrid.errors import one_line
 
 # vLLM shows what its own loggers and those below them say.
 logger = init_logger(f"vllm.{__name__}")
 
-# Has the arguments of triton_kernels.dense.causal_attention.
-DenseAttention = Callable[
-    [
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        int,
-        int,
-        float,
-        torch.Tensor,
-    ],
-    None,
-]
 # FlashAttention's limits: arXiv 2307.08691, and its authors' interface.
 _MOST_CHANNELS = 256
 _CHANNELS = 8
 
 
-@functools.cache
 def select_dense_attention(dtype: torch.dtype, head_size: int) -> DenseAttention:
     """Causal attention of packed sequences, for heads of a dtype and size on this platform.
 
-    FlashAttention of the version that vLLM takes itself on this device; Triton in float32, for other head
-    sizes, and where vLLM's compiled FlashAttention is not there.
+    FlashAttention of the version that vLLM takes itself on this device, or is told to take by the server's
+    configuration, which must be the current one; Triton in float32 and for other head sizes.
     """
     version, reason = _flash_version(dtype, head_size)
     if version is None:
-        logger.info("Prefills attend with Triton: %s", reason)
+        logger.info_once("Prefills attend with Triton: %s", reason)
         return causal_attention
-    logger.info("Prefills attend with FlashAttention %d", version)
+    logger.info_once("Prefills attend with FlashAttention %d", version)
     return functools.partial(flash_attention, version)
 
 

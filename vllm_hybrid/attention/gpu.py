@@ -21,6 +21,7 @@ from vllm_hybrid.attention.prefill import (
     scratch_bytes,
 )
 from vllm_hybrid.attention.triton_kernels.decode import decode
+from vllm_hybrid.attention.triton_kernels.dense import DenseAttention, causal_attention
 from vllm_hybrid.attention.triton_kernels.importance import importance
 from vllm_hybrid.attention.triton_kernels.key_index import build_key_index, index_decodes
 from vllm_hybrid.attention.triton_kernels.lists import KeyLists, new_key_lists
@@ -47,7 +48,7 @@ class GpuPlan(AttentionPlan[KeyLists]):
 
 
 class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
-    """The operations as Triton kernels.
+    """The operations as Triton kernels; who attends among what a prefill expanded is handed in.
 
     A device raises nothing: a page that holds another request's data leaves its request without keys, and is
     flagged.
@@ -55,6 +56,9 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
 
     flags_foreign_pages = True
     device_tower = GpuTower()
+
+    def __init__(self, dense: DenseAttention = causal_attention) -> None:
+        self._dense = dense
 
     def write_pages(
         self, key: torch.Tensor, value: torch.Tensor, kv_rows: torch.Tensor, kv_row_index: torch.Tensor
@@ -120,8 +124,8 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         out: torch.Tensor,
     ) -> None:
         if plan.prefill is not None:
-            # Rows of decodes get 0 here, and their answer below.
-            prefill(query, kv_rows, plan.prefill, plan.key_index, cos_sin_cache, scale, out)
+            # Rows of decodes get their answer below.
+            prefill(query, kv_rows, plan.prefill, plan.key_index, self._dense, cos_sin_cache, scale, out)
         self._decode(query, kv_rows, plan, cos_sin_cache, scale, out)
 
     def attend_own_rows(
@@ -141,7 +145,8 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         starts = plan.batch.query_start_loc_cpu
         longest = max(end - start for start, end in zip(starts, starts[1:], strict=False))
         # A decode's row looks at itself here, and gets its answer below.
-        attend_own_rows(query, key, value, plan.batch.query_start_loc, longest, scale, out)
+        query_start = plan.batch.query_start_loc
+        attend_own_rows(query, key, value, query_start, longest, self._dense, scale, out)
         self._decode(query, kv_rows, plan, cos_sin_cache, scale, out)
         return True
 

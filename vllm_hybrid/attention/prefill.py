@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vllm_hybrid.attention.dense import select_dense_attention
 from vllm_hybrid.attention.interface import TierBatch
+from vllm_hybrid.attention.triton_kernels.dense import DenseAttention
 from vllm_hybrid.attention.triton_kernels.expand import expand_keys, expand_queries
 from vllm_hybrid.attention.triton_kernels.lists import KeyLists, QueryLists, query_lists
 from vllm_hybrid.attention.triton_kernels.segments import segment_mean
@@ -19,7 +19,7 @@ SCRATCH_KEYS = 16384
 
 @dataclass
 class Group:
-    """Consecutive requests whose keys are expanded together.
+    """Consecutive requests whose keys are expanded together; the first and the last of them prefill.
 
     Attributes:
         first: the first request.
@@ -74,7 +74,7 @@ def plan_prefill(batch: TierBatch, keys: KeyLists, decode_rows: torch.Tensor) ->
     text = not batch.has_images
     own_rows = text and all(own == bound for own, bound in zip(rows, bounds, strict=True) if own > 1)
     key_count = torch.where(decode_rows < 0, keys.count.clamp(min=0), 0)
-    groups = []
+    groups: list[Group] = []
     for first, end in _cut(bounds, SCRATCH_KEYS):
         key_start = F.pad(key_count[first:end].cumsum(0, dtype=torch.int32), (1, 0))
         groups.append(
@@ -92,15 +92,22 @@ def plan_prefill(batch: TierBatch, keys: KeyLists, decode_rows: torch.Tensor) ->
 
 
 def _cut(bounds: list[int], most: int) -> list[tuple[int, int]]:
-    """Stretches of requests whose bounds add up to ``most``, or that are one request of more."""
-    cuts, total = [0], 0
+    """Stretches of requests whose bounds add up to ``most``, or that are one request of more.
+
+    Each begins and ends with a request that has a bound; those without stand inside of one or in none.
+    """
+    cuts: list[tuple[int, int]] = []
+    total = 0
     for number, bound in enumerate(bounds):
-        if total and total + bound > most:
-            cuts.append(number)
-            total = 0
-        total += bound
-    cuts.append(len(bounds))
-    return list(zip(cuts, cuts[1:], strict=False))
+        if not bound:
+            continue
+        if cuts and total + bound <= most:
+            cuts[-1] = cuts[-1][0], number + 1
+            total += bound
+        else:
+            cuts.append((number, number + 1))
+            total = bound
+    return cuts
 
 
 def prefill(
@@ -108,6 +115,7 @@ def prefill(
     kv_rows: torch.Tensor,
     plan: PrefillPlan,
     keys: KeyLists,
+    dense: DenseAttention,
     cos_sin_cache: torch.Tensor,
     scale: float,
     out: torch.Tensor,
@@ -119,20 +127,22 @@ def prefill(
         kv_rows: [rows, kv_heads, 2 * head_size], key then value of every KV row.
         plan: the step's.
         keys: the virtual keys of the step's requests.
+        dense: who attends.
         cos_sin_cache: float32 [positions, head_size], cosines then sines.
         scale: factor on the scores.
-        out: [R, heads, head_size]; written, with 0 in rows of decodes.
+        out: [R, heads, head_size]; written, with no answer in rows of decodes.
 
     """
     heads, size = query.shape[1:]
-    dense = select_dense_attention(query.dtype, size)
     queries = plan.queries
     expanded = query.new_empty(queries.row.shape[0], heads, size)
     copies = torch.empty_like(expanded)
     expand_queries(query, queries, cos_sin_cache, expanded)
+    # One tensor for all groups, so that its memory is the same piece from layer to layer.
+    room = max(group.key_bound for group in plan.groups)
+    keys_and_values = query.new_empty(2, room, kv_rows.shape[1], size)
     for group in plan.groups:
-        # One tensor, so that its memory is the same piece from layer to layer.
-        key, value = query.new_empty(2, group.key_bound, kv_rows.shape[1], size)
+        key, value = keys_and_values[:, : group.key_bound]
         requests = slice(group.first, group.end)
         expand_keys(kv_rows, keys, requests, group.key_start, group.longest_key, cos_sin_cache, key, value)
         dense(
@@ -155,6 +165,7 @@ def attend_own_rows(
     value: torch.Tensor,
     query_start: torch.Tensor,
     longest: int,
+    dense: DenseAttention,
     scale: float,
     out: torch.Tensor,
 ) -> None:
@@ -166,11 +177,11 @@ def attend_own_rows(
         value: [R, kv_heads, head_size].
         query_start: int32 [requests + 1], a request's stretch of rows.
         longest: most rows of a request.
+        dense: who attends.
         scale: factor on the scores.
         out: [R, heads, head_size]; written.
 
     """
-    dense = select_dense_attention(query.dtype, query.shape[2])
     dense(query, key, value, query_start, query_start, longest, longest, scale, out)
 
 

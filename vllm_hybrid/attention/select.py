@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, cast
 
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_hybrid.attention.interface import AttentionOps, AttentionPlan, KeyIndex
@@ -21,13 +22,13 @@ _FP8_CAPABILITY = 89
 AnyAttentionOps = AttentionOps[KeyIndex, AttentionPlan[KeyIndex]]
 
 
-def _reference() -> AttentionOps[Any, Any]:
+def _reference(vllm_config: VllmConfig) -> AttentionOps[Any, Any]:
     from vllm_hybrid.attention.reference import ReferenceAttention
 
     return ReferenceAttention()
 
 
-def _cpu() -> AttentionOps[Any, Any]:
+def _cpu(vllm_config: VllmConfig) -> AttentionOps[Any, Any]:
     # vLLM's CPU modules do not belong in a process that serves on CUDA.
     from vllm_hybrid.attention.cpu import CpuAttention
     from vllm_hybrid.attention.cpu_dense import DenseCausalAttention
@@ -35,14 +36,16 @@ def _cpu() -> AttentionOps[Any, Any]:
     return CpuAttention(DenseCausalAttention)
 
 
-def _triton() -> AttentionOps[Any, Any]:
+def _triton(vllm_config: VllmConfig) -> AttentionOps[Any, Any]:
     # Triton comes with vLLM on CUDA; a CPU does without, unless it interprets the kernels.
+    from vllm_hybrid.attention.dense import select_dense_attention
     from vllm_hybrid.attention.gpu import GpuAttention
 
-    return GpuAttention()
+    model = vllm_config.model_config
+    return GpuAttention(select_dense_attention(model.dtype, model.get_head_size()))
 
 
-IMPLEMENTATIONS: dict[str, Callable[[], AttentionOps[Any, Any]]] = {
+IMPLEMENTATIONS: dict[str, Callable[[VllmConfig], AttentionOps[Any, Any]]] = {
     "reference": _reference,
     "cpu": _cpu,
     "triton": _triton,
@@ -60,8 +63,11 @@ def serves_kv_dtype(cache_dtype: str) -> bool:
     return cache_dtype in _FLOATS
 
 
-def select_attention() -> AnyAttentionOps:
+def select_attention(vllm_config: VllmConfig) -> AnyAttentionOps:
     """The implementation VLLM_HYBRID_ATTENTION names; where it is not set, the platform's.
+
+    Args:
+        vllm_config: the server's, which is vLLM's current one.
 
     Raises:
         ValueError: the environment names none that exists.
@@ -73,4 +79,4 @@ def select_attention() -> AnyAttentionOps:
         raise ValueError(
             f"{IMPLEMENTATION_ENV}={name!r} is not an implementation; use one of {sorted(IMPLEMENTATIONS)}"
         )
-    return cast(AnyAttentionOps, IMPLEMENTATIONS[name]())
+    return cast(AnyAttentionOps, IMPLEMENTATIONS[name](vllm_config))

@@ -213,7 +213,7 @@ class HybridLlamaModel(nn.Module):
         config = vllm_config.model_config.hf_config
         self.config = config
         self.hybrid = hybrid
-        self.attention_ops = select_attention()
+        self.attention_ops = select_attention(vllm_config)
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config
         )

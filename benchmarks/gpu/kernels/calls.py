@@ -37,15 +37,20 @@ def poisoned_memory() -> Iterator[None]:
 
 def results(scene: Scene) -> dict[str, torch.Tensor]:
     """What the kernels make of a scene: ``attend`` and, where the step ranks, ``importance``."""
+    return scene.results(_attention(scene), torch.empty_like(scene.query))
+
+
+def _attention(scene: Scene) -> Any:
+    """The operations as a server of the scene's dtype and heads has them."""
+    from vllm_hybrid.attention.dense import select_dense_attention
     from vllm_hybrid.attention.gpu import GpuAttention
 
-    return scene.results(GpuAttention(), torch.empty_like(scene.query))
+    return GpuAttention(select_dense_attention(scene.query.dtype, scene.query.shape[2]))
 
 
 def kernel_calls(scene: Scene) -> dict[str, Call]:
     """A call for each kernel of a scene."""
-    from vllm_hybrid.attention.gpu import GpuAttention
-    from vllm_hybrid.attention.prefill import select_dense_attention
+    from vllm_hybrid.attention.dense import select_dense_attention
     from vllm_hybrid.attention.triton_kernels.decode import decode
     from vllm_hybrid.attention.triton_kernels.expand import expand_keys, expand_queries
     from vllm_hybrid.attention.triton_kernels.importance import importance
@@ -54,7 +59,7 @@ def kernel_calls(scene: Scene) -> dict[str, Call]:
     from vllm_hybrid.attention.triton_kernels.segments import segment_mean
 
     pages = (scene.facts, scene.block_table, scene.seq_lens, scene.patches, KV_ROWS_PER_BLOCK)
-    plan = scene.plan(GpuAttention())
+    plan = scene.plan(_attention(scene))
     keys = plan.key_index
     query, kv_rows, cos_sin_cache, scale = scene.query, scene.kv_rows, scene.cos_sin_cache, scene.scale
     out = torch.empty_like(query)

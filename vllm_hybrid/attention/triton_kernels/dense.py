@@ -7,10 +7,27 @@ head: the keys and values that it sees.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+
+# Has the arguments of causal_attention.
+DenseAttention = Callable[
+    [
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        int,
+        int,
+        float,
+        torch.Tensor,
+    ],
+    None,
+]
 
 _QUERIES = 64
 _KEYS = 32
