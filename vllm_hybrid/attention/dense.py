@@ -49,7 +49,7 @@ def _flash_version(dtype: torch.dtype, head_size: int) -> tuple[int | None, str]
         return None, one_line(error)
     version = get_flash_attn_version(head_size=head_size)
     if version is None:
-        return None, "vLLM has no FlashAttention for this device"
+        return None, "vLLM's FlashAttention of the version asked for does not serve this device"
     reason = fa_version_unsupported_reason(version)
     return (version, "") if reason is None else (None, reason)
 
