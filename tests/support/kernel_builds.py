@@ -116,7 +116,11 @@ class Build:
 
 def launched_kernels() -> set[str]:
     """Names of the kernels that the launching code starts, from its text."""
-    return {name for file in KERNELS.glob("*.py") for name in re.findall(r"\b(\w+)\[\(", file.read_text())}
+    return {
+        name
+        for file in KERNELS.glob("*.py")
+        for name in re.findall(r"\b(_\w+)\[(?:\(|grid\])", file.read_text())
+    }
 
 
 class _Absent:
