@@ -33,6 +33,16 @@ _WAITING_OPERATIONS = {
 _READING_METHODS = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"}
 _INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
 
+# Operations that only allocate or look at a tensor in another way: a device has nothing to run.
+_FREE = {
+    "aten." + name
+    for name in (
+        "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like",
+        "empty_strided", "expand", "lift_fresh", "new_empty", "new_empty_strided", "permute",
+        "select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+    )
+}  # fmt: skip
+
 
 @dataclass
 class StepTrace:
@@ -47,6 +57,11 @@ class StepTrace:
 
     operations: list[str] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
+
+    @property
+    def launches(self) -> list[str]:
+        """Of the operations, those that a device has to run."""
+        return [one for one in self.operations if ".".join(one.split(" ")[0].split(".")[:2]) not in _FREE]
 
 
 @contextmanager

@@ -304,21 +304,6 @@ def test_features_in_half_precision_are_means_in_float32(seed: int) -> None:
 
 # ---- launches and waits ---------------------------------------------------------------------------
 
-# Operations that only allocate or look at a tensor in another way: a device has nothing to run.
-_FREE = {
-    "aten." + name
-    for name in (
-        "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like",
-        "empty_strided", "expand", "lift_fresh", "new_empty", "new_empty_strided", "permute",
-        "select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
-    )
-}  # fmt: skip
-
-
-def launches(operations: Sequence[str]) -> list[str]:
-    """Of what a step asked for, that which a device has to run."""
-    return [one for one in operations if ".".join(one.split(" ")[0].split(".")[:2]) not in _FREE]
-
 
 def traced(
     encode: Callable[[Any, torch.Tensor, Any], LiveTokens], layers: int
@@ -329,7 +314,7 @@ def traced(
     rows = torch.stack([picture(60, 32, 0.4) for _ in range(3)])
     with trace_step() as trace:
         encode(tower, rows, [(0.9,) * layers] * 3)
-    return launches(trace.operations), trace.waits
+    return trace.launches, trace.waits
 
 
 @torch.no_grad()

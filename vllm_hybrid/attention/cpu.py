@@ -152,8 +152,8 @@ class CpuAttention(AttentionOps[VirtualKeys, CpuPlan]):
 
     def plan(self, batch: TierBatch, key_index: VirtualKeys) -> CpuPlan:
         starts = batch.query_start_loc_cpu
-        single = [r for r in range(len(starts) - 1) if starts[r + 1] - starts[r] == 1]
-        several = [r for r in range(len(starts) - 1) if starts[r + 1] - starts[r] > 1]
+        single = [request for request, rows in enumerate(batch.row_counts) if rows == 1]
+        several = [request for request, rows in enumerate(batch.row_counts) if rows > 1]
         first = torch.tensor([starts[r] for r in single], dtype=torch.int64)
         return CpuPlan(
             batch=batch,

@@ -15,7 +15,6 @@ from vllm_hybrid.attention.gpu_tower import GpuTower
 from vllm_hybrid.attention.interface import AttentionOps, AttentionPlan, DecodeStep, TierBatch
 from vllm_hybrid.attention.prefill import (
     PrefillPlan,
-    attend_own_rows,
     plan_prefill,
     prefill,
     scratch_bytes,
@@ -100,13 +99,12 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         return GpuPlan(step.batch(kv_row_index), keys, None, None, None)
 
     def plan(self, batch: TierBatch, key_index: KeyLists) -> GpuPlan:
-        starts = batch.query_start_loc_cpu
         device = batch.query_start_loc.device
         ends = batch.query_start_loc[1:] - 1
         # Padding requests stretch over nothing and end one row before the first.
         row = batch.row_plan.row_of[ends.clamp(min=0)].int()
         decode_rows = torch.where(batch.query_start_loc.diff() == 1, row, -1)
-        if all(end - start <= 1 for start, end in zip(starts, starts[1:], strict=False)):
+        if max(batch.row_counts) <= 1:
             return GpuPlan(batch, key_index, decode_rows, None, None)
         ranking = None
         if batch.ranking_queries:
@@ -142,11 +140,9 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         # What pages round is seen rounded, whether a prompt begins in this step or before.
         if plan.prefill is None or not plan.prefill.own_rows or kv_rows.dtype != key.dtype:
             return False
-        starts = plan.batch.query_start_loc_cpu
-        longest = max(end - start for start, end in zip(starts, starts[1:], strict=False))
         # A decode's row looks at itself here, and gets its answer below.
-        query_start = plan.batch.query_start_loc
-        attend_own_rows(query, key, value, query_start, longest, self._dense, scale, out)
+        starts, longest = plan.batch.query_start_loc, max(plan.batch.row_counts)
+        self._dense(query, key, value, starts, starts, longest, longest, scale, out)
         self._decode(query, kv_rows, plan, cos_sin_cache, scale, out)
         return True
 
@@ -160,8 +156,7 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
         out: torch.Tensor,
     ) -> None:
         """Answer the requests that bring one row."""
-        starts = plan.batch.query_start_loc_cpu
-        if any(end - start == 1 for start, end in zip(starts, starts[1:], strict=False)):
+        if 1 in plan.batch.row_counts:
             decode(query, plan.decode_rows, kv_rows, plan.key_index.rows, cos_sin_cache, scale, out)
 
     def scratch_bytes(

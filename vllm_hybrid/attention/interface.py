@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -84,6 +85,12 @@ class TierBatch:
     ranking_queries: list[RankingQuery]
     length_bounds: list[int]
     has_images: bool
+
+    @cached_property
+    def row_counts(self) -> list[int]:
+        """Virtual rows that each request brings."""
+        starts = self.query_start_loc_cpu
+        return [end - start for start, end in zip(starts, starts[1:], strict=False)]
 
     def live_stretch(self, request: int) -> tuple[int, int]:
         """First and one past the last live row of a request in this step; they are consecutive."""

@@ -67,8 +67,7 @@ def plan_prefill(batch: TierBatch, keys: KeyLists, decode_rows: torch.Tensor) ->
         decode_rows: int32 [requests], negative for those that bring several rows.
 
     """
-    starts = batch.query_start_loc_cpu
-    rows = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    rows = batch.row_counts
     queries = query_lists(batch.row_plan.row_of, batch.positions, batch.row_plan.image, batch.query_start_loc)
     bounds = [bound if own > 1 else 0 for own, bound in zip(rows, batch.length_bounds, strict=True)]
     text = not batch.has_images
@@ -157,32 +156,6 @@ def prefill(
             copies,
         )
     segment_mean(copies, queries.by_row, queries.row_start, out)
-
-
-def attend_own_rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_start: torch.Tensor,
-    longest: int,
-    dense: DenseAttention,
-    scale: float,
-    out: torch.Tensor,
-) -> None:
-    """Attend from text rows to those of the same request in the same step.
-
-    Args:
-        query: [R, heads, head_size], rotated.
-        key: [R, kv_heads, head_size], rotated.
-        value: [R, kv_heads, head_size].
-        query_start: int32 [requests + 1], a request's stretch of rows.
-        longest: most rows of a request.
-        dense: who attends.
-        scale: factor on the scores.
-        out: [R, heads, head_size]; written.
-
-    """
-    dense(query, key, value, query_start, query_start, longest, longest, scale, out)
 
 
 def scratch_bytes(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_hybrid.method.token_merging import LiveTokens
+from vllm_hybrid.method.token_merging import LiveTokens, live_places
 
 
 @dataclass
@@ -103,10 +103,5 @@ def live_tokens(tokens: DeviceTokens, owner: torch.Tensor, lengths: Sequence[int
 
     """
     counts = [length - 1 for length in lengths]
-    total, device = sum(counts), owner.device
-    first = tokens.starts[:-2].long()
-    before = first - torch.arange(len(counts), device=device)
-    live = tokens.starts[1:-1] - first - 1
-    image = torch.arange(len(counts), device=device).repeat_interleave(live, output_size=total)
-    number = torch.arange(total, device=device)
-    return LiveTokens(tokens.hidden[number + image + 1], image, number - before[image], owner, counts)
+    row, image, index = live_places(tokens.starts[:-1].diff() - 1, sum(counts))
+    return LiveTokens(tokens.hidden[row], image, index, owner, counts)

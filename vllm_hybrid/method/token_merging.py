@@ -158,8 +158,17 @@ def live_rows(tokens: PackedTokens) -> tuple[torch.Tensor, torch.Tensor, torch.T
         int64 [live] each: row in ``tokens.hidden``, image, number inside the image (0 .. n - 1).
 
     """
-    live = tokens.lengths - 1
-    total = tokens.layout.total - len(tokens.layout.lengths)
+    return live_places(tokens.lengths - 1, tokens.layout.total - len(tokens.layout.lengths))
+
+
+def live_places(live: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`live_rows`, of images packed without gaps.
+
+    Args:
+        live: int [images], tokens of each image but for its class token.
+        total: how many they are, on the host.
+
+    """
     image = torch.arange(live.shape[0], device=live.device).repeat_interleave(live, output_size=total)
     number = torch.arange(total, device=live.device)
     return number + image + 1, image, number - (live.cumsum(0) - live)[image]

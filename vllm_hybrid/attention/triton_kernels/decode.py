@@ -44,7 +44,7 @@ _LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _load(at, channel, there, HALF: tl.constexpr, HALF_PAD: tl.constexpr, MASKED: tl.constexpr):
+def _load(at, channel, there, HALF: tl.constexpr, MASKED: tl.constexpr):
     """What lies at some addresses [TILE, HEADS, HALF_PAD]; zero at channels and heads that are not there."""
     if MASKED:
         return tl.load(at, mask=there & (channel < HALF), other=0.0)
@@ -59,8 +59,8 @@ def _halves(
     channel = tl.arange(0, HALF_PAD)[None, None, :]
     at = base + rows.to(tl.int64)[:, None, None] * row_stride + channel
     there = real[None, :, None]
-    first = _load(at, channel, there, HALF, HALF_PAD, MASKED)
-    return first, _load(at + HALF, channel, there, HALF, HALF_PAD, MASKED)
+    first = _load(at, channel, there, HALF, MASKED)
+    return first, _load(at + HALF, channel, there, HALF, MASKED)
 
 
 @triton.jit
@@ -84,10 +84,10 @@ def _angles(
     everywhere = channel + there.to(tl.int32) * 0
     coarse = cos_sin_cache + (pos // FINE * FINE)[:, None, None] * (2 * HALF) + everywhere
     fine = cos_sin_cache + (pos % FINE)[:, None, None] * (2 * HALF) + everywhere
-    cos1 = _load(coarse, channel, there, HALF, HALF_PAD, MASKED)
-    sin1 = _load(coarse + HALF, channel, there, HALF, HALF_PAD, MASKED)
-    cos0 = _load(fine, channel, there, HALF, HALF_PAD, MASKED)
-    sin0 = _load(fine + HALF, channel, there, HALF, HALF_PAD, MASKED)
+    cos1 = _load(coarse, channel, there, HALF, MASKED)
+    sin1 = _load(coarse + HALF, channel, there, HALF, MASKED)
+    cos0 = _load(fine, channel, there, HALF, MASKED)
+    sin0 = _load(fine + HALF, channel, there, HALF, MASKED)
     return cos1 * cos0 - sin1 * sin0, sin1 * cos0 + cos1 * sin0
 
 

@@ -1,4 +1,4 @@
-"""Pieces that the attention kernels share: gathering rows as two halves, rotating them, scoring."""
+"""Pieces that the attention kernels share: gathering rows as two halves, rotating them."""
 
 from __future__ import annotations
 
@@ -31,9 +31,3 @@ def rotate(first, second, pos, cos_sin_cache, there, HALF: tl.constexpr, HALF_PA
         first = before * cos - second * sin
         second = second * cos + before * sin
     return first, second
-
-
-@triton.jit
-def product(a, b, DOT: tl.constexpr):
-    """float32 [n, m] product of [n, k] and [k, m], of operands rounded to the dtype DOT."""
-    return tl.dot(a.to(DOT), b.to(DOT), input_precision="ieee")
