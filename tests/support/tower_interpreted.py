@@ -30,9 +30,9 @@ from vllm_hybrid.attention.triton_kernels.tower_attention import tower_attention
 from vllm_hybrid.method.device_tokens import DeviceTokens, Lengths, live_tokens  # noqa: E402
 from vllm_hybrid.method.token_merging import LiveTokens  # noqa: E402
 from vllm_hybrid.models import clip  # noqa: E402
-from vllm_hybrid.models.clip import by_layer, encode_merged  # noqa: E402
+from vllm_hybrid.models.clip import encode_merged, rows_that_merge, threshold_values  # noqa: E402
 from vllm_hybrid.models.clip_on_device import DeviceEncoder, run_layers  # noqa: E402
-from vllm_hybrid.models.tower_capacity import FEWEST  # noqa: E402
+from vllm_hybrid.models.tower_capacity import BUCKETS, FEWEST  # noqa: E402
 
 patch_once_a_launch()
 TOWER = GpuTower()
@@ -167,9 +167,14 @@ def scene(request: pytest.FixtureRequest, seed: int) -> Any:
     return tower, torch.stack([rows for rows, _ in drawn]), [own for _, own in images], [t for _, t in drawn]
 
 
+def encoder_of(rows: torch.Tensor) -> DeviceEncoder:
+    """An encoder of pictures with as many rows as these [images, 1 + P, C]."""
+    return DeviceEncoder(TOWER, rows.shape[1] - 1)
+
+
 def encode(tower: Any, rows: torch.Tensor, thresholds: Any, capacity: Sequence[int]) -> Any:
     """The tokens, their owners and lengths, of fixed capacities."""
-    layers = by_layer(thresholds, len(capacity), rows.device)
+    layers = rows_that_merge(threshold_values(thresholds, len(capacity)), rows.device)
     tokens, owner = run_layers(tower, rows, layers, capacity, TOWER)
     return tokens, owner, Lengths.read(tokens)
 
@@ -177,7 +182,7 @@ def encode(tower: Any, rows: torch.Tensor, thresholds: Any, capacity: Sequence[i
 @torch.inference_mode()
 def test_merged_images_are_those_of_the_reference(scene: Any) -> None:
     tower, rows, thresholds, wanted = scene
-    check(DeviceEncoder(TOWER).encode(tower, rows, thresholds), wanted)
+    check(encoder_of(rows).encode(tower, rows, thresholds), wanted)
 
 
 @torch.inference_mode()
@@ -219,7 +224,7 @@ def test_too_few_rows_are_noticed_in_every_layer(scene: Any) -> None:
 @torch.inference_mode()
 def test_a_batch_that_needs_more_rows_than_its_forerunners_is_run_again(seed: int) -> None:
     tower, thresholds = make_tower(2, 2, 16), (0.9, 0.9)
-    encoder = DeviceEncoder(TOWER)
+    encoder = DeviceEncoder(TOWER, 48)
     flat, flat_tokens = decided(tower, 48, 32, 0.05, thresholds)
     busy, busy_tokens = decided(tower, 48, 32, 2.0, thresholds)
     assert len(flat_tokens.members) * 2 < len(busy_tokens.members)
@@ -240,7 +245,7 @@ def test_blank_pictures_merge_as_far_as_may_be(seed: int) -> None:
     """All scores of a blank picture are equal, so the earliest B takes every A."""
     tower, thresholds = make_tower(3, 2, 16), (0.999,) * 3
     rows = torch.stack([blank(131, 32), picture(131, 32, 1.0), blank(131, 32)])
-    live = DeviceEncoder(TOWER).encode(tower, rows, [thresholds, (NONE,) * 3, thresholds])
+    live = encoder_of(rows).encode(tower, rows, [thresholds, (NONE,) * 3, thresholds])
     # 132 tokens: 65 of 66 A merge; of the 67, the class token and 66 B, 33 A but the class token; and so on.
     assert live.counts == [17, 131, 17]
     assert live.owner[0].bincount().max() >= 65
@@ -248,7 +253,7 @@ def test_blank_pictures_merge_as_far_as_may_be(seed: int) -> None:
 
 @torch.inference_mode()
 def test_warming_up_launches_every_kernel_and_learns_nothing(seed: int) -> None:
-    tower, encoder = make_tower(1, 1, 16), DeviceEncoder(TOWER)
+    tower, encoder = make_tower(1, 1, 16), DeviceEncoder(TOWER, 5)
     rows = torch.stack([picture(5, 16, 0.4) for _ in range(2)])
     asked = {}
     for name in ("first batch", "warm-up"):
@@ -256,7 +261,7 @@ def test_warming_up_launches_every_kernel_and_learns_nothing(seed: int) -> None:
             if name == "warm-up":
                 encoder.warm_up(tower, rows)
             else:
-                DeviceEncoder(TOWER).encode(tower, rows, [(0.9,)] * 2)
+                encoder_of(rows).encode(tower, rows, [(0.9,)] * 2)
         asked[name] = {one.split(" ")[0] for one in trace.operations if one.startswith("_")}
         assert (trace.waits == []) == (name == "warm-up")
     assert asked["warm-up"] == asked["first batch"] and len(asked["warm-up"]) == 6
@@ -302,6 +307,110 @@ def test_features_in_half_precision_are_means_in_float32(seed: int) -> None:
     assert not merged.hidden[lengths[0] :].any()
 
 
+# ---- graphs ---------------------------------------------------------------------------------------
+
+
+# What torch.tensor does with numbers of the host.
+FROM_HOST = "aten.lift_fresh"
+
+
+class Tape:
+    """Stands for a CUDA graph: carries the recorded call out again, into the results of the first time."""
+
+    def __init__(self, run: Callable[[], Any], pool: Any) -> None:
+        self.run = run
+        self.pool = pool
+        self.results = run()
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        (tokens, owner), (again, owner_again) = self.results, self.run()
+        owner.copy_(owner_again)
+        for name in ("hidden", "size", "bounds", "index"):
+            getattr(tokens, name).copy_(getattr(again, name))
+
+
+def captured(tower: Any, image_shape: tuple[int, ...], images: int, tapes: list[Tape]) -> DeviceEncoder:
+    """An encoder with graphs of up to some images."""
+
+    def record(run: Callable[[], Any], pool: Any) -> Any:
+        tapes.append(Tape(run, pool))
+        return tapes[-1], tapes[-1].results
+
+    encoder = DeviceEncoder(TOWER, image_shape[0] - 1)
+    graphs = encoder.make_graphs(tower, image_shape, images)
+    graphs._record = record
+    assert not graphs.is_captured()
+    graphs.capture("pool")
+    assert graphs.is_captured() and [tape.pool for tape in tapes] == ["pool"] * images * len(BUCKETS)
+    return encoder
+
+
+@torch.inference_mode()
+def test_replays_are_those_of_the_reference_whatever_was_replayed_before(scene: Any) -> None:
+    """The graphs hold blank images in which nothing merges; then come batches of several sizes."""
+    tower, rows, thresholds, wanted = scene
+    most = min(len(rows), 2)
+    encoder = captured(tower, rows.shape[1:], most, [])
+    held = []
+    for images in (most, 1, most):
+        chosen = random.sample(range(len(rows)), images)
+        with trace_step() as trace:
+            live = encoder.encode(tower, rows[chosen], [thresholds[n] for n in chosen])
+        assert trace.waits == ["Tensor.tolist"]
+        held.append((live, [wanted[n] for n in chosen]))
+    for live, tokens in held:
+        check(live, tokens)
+    assert encoder.capacity.batches == 0
+
+
+@torch.inference_mode()
+def test_larger_batches_and_dropped_graphs_run_without(scene: Any) -> None:
+    tower, rows, thresholds, wanted = scene
+    tapes: list[Tape] = []
+    encoder = captured(tower, rows.shape[1:], 1, tapes)
+    twice = torch.cat([rows, rows]), [*thresholds, *thresholds], [*wanted, *wanted]
+    check(encoder.encode(tower, *twice[:2]), twice[2])
+    assert encoder.graphs is not None
+    encoder.graphs.clear()
+    assert not encoder.graphs.is_captured()
+    check(encoder.encode(tower, rows[:1], thresholds[:1]), wanted[:1])
+    assert not any(tape.replays for tape in tapes)
+
+
+@torch.inference_mode()
+def test_what_is_captured_asks_nothing_of_the_host(seed: int) -> None:
+    """Nothing waits, and no number comes from the host: a graph would give the same again."""
+    tower = make_tower(2, 2, 16)
+    with trace_step() as uncaptured:
+        DeviceEncoder(TOWER, 60).encode(tower, picture(60, 32, 0.4)[None], [(0.9, 0.9)])
+    assert [one for one in uncaptured.operations if one.startswith(FROM_HOST)]
+    with trace_step() as trace:
+        captured(tower, (61, 32), 2, [])
+    assert trace.waits == [] and not [one for one in trace.operations if one.startswith(FROM_HOST)]
+
+
+@torch.inference_mode()
+def test_replays_have_the_fewest_rows_that_are_enough(seed: int) -> None:
+    """The first batches have a row for every token; a picture that needs more than was guessed runs again."""
+    tower, thresholds = make_tower(3, 2, 16), (0.9,) * 3
+    flat, flat_tokens = decided(tower, 48, 32, 0.05, thresholds)
+    busy, busy_tokens = decided(tower, 48, 32, 2.0, thresholds)
+    tapes: list[Tape] = []
+    encoder = captured(tower, flat.shape, 1, tapes)
+    whole, _, fewest = tapes
+    assert [tape.results[0].rows for tape in tapes] == [49, 25, 13]
+    check(encoder.encode(tower, flat[None], [thresholds]), [flat_tokens])
+    assert (whole.replays, fewest.replays) == (1, 0)
+    for _ in range(FEWEST - 1):
+        encoder.capacity.learn([thresholds], [[25], [13], [len(flat_tokens.members)]])
+    check(encoder.encode(tower, flat[None], [thresholds]), [flat_tokens])
+    assert (whole.replays, fewest.replays) == (1, 1)
+    check(encoder.encode(tower, busy[None], [thresholds]), [busy_tokens])
+    assert (whole.replays, fewest.replays, encoder.capacity.reruns) == (2, 2, 1)
+
+
 # ---- launches and waits ---------------------------------------------------------------------------
 
 
@@ -329,7 +438,7 @@ def test_a_merging_layer_launches_half_of_what_torch_does_and_waits_for_nothing(
         return encode_merged(tower, rows, thresholds, ops)
 
     found = {}
-    for name, run in (("torch", by_torch), ("kernels", DeviceEncoder(TOWER).encode)):
+    for name, run in (("torch", by_torch), ("kernels", DeviceEncoder(TOWER, 60).encode)):
         few, more = traced(run, 2), traced(run, 3)
         found[name] = len(more[0]) - len(few[0])
         assert more[1] == ["Tensor.tolist"] * (3 if run is by_torch else 1)

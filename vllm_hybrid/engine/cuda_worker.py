@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_hybrid.engine.worker import StepReports
 
 
 class HybridCUDAWorker(StepReports, Worker):
-    """The CUDA worker with step reports."""
+    """The CUDA worker with step reports; it has vLLM's encoder runner capture the tower's graphs."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        graphs = self.model_runner.get_model().tower_graphs
+        if graphs is not None:
+            self.model_runner.model_state.encoder_runner.cudagraph_manager = graphs

@@ -37,7 +37,8 @@ def encode_merged(
     hidden = embed_patches(tower, pixel_values)
     tokens = PackedTokens.start(hidden)
     layers = tower.vision_model.encoder.layers
-    for layer, threshold in zip(layers, by_layer(thresholds, len(layers), hidden.device), strict=True):
+    by_layer = rows_that_merge(threshold_values(thresholds, len(layers)), hidden.device)
+    for layer, threshold in zip(layers, by_layer, strict=True):
         attended, metric = _attend(layer, tokens, ops, threshold is not None)
         tokens.hidden = tokens.hidden + attended
         if threshold is not None:
@@ -52,16 +53,24 @@ def embed_patches(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> torch.T
     return model.pre_layrnorm(model.embeddings(pixel_values.to(model.dtype)))
 
 
-def by_layer(
-    thresholds: Sequence[Thresholds | None], layers: int, device: torch.device
-) -> list[torch.Tensor | None]:
-    """For each layer float32 [images], infinity where nothing merges; None where no image merges."""
+def threshold_values(thresholds: Sequence[Thresholds | None], layers: int) -> list[list[float]]:
+    """[layers][images]: thresholds of the images' levels, infinity where nothing merges."""
     images = [[None] * layers if own is None else own for own in thresholds]
-    values = [[math.inf if own[layer] is None else own[layer] for own in images] for layer in range(layers)]
-    on_host = torch.tensor(values, dtype=torch.float32, pin_memory=device.type == "cuda")
-    rows = on_host.to(device, non_blocking=True)
+    by_image = [[math.inf if value is None else value for value in own] for own in images]
+    return [list(row) for row in zip(*by_image, strict=True)]
+
+
+def rows_that_merge(values: Sequence[Sequence[float]], device: torch.device) -> list[torch.Tensor | None]:
+    """For each layer float32 [images] of numbers [layers][images]; None where no image merges."""
     merging = [any(value != math.inf for value in row) for row in values]
+    rows = threshold_table(values, device)
     return [row if merges else None for row, merges in zip(rows, merging, strict=True)]
+
+
+def threshold_table(values: Sequence[Sequence[float]], device: torch.device) -> torch.Tensor:
+    """float32 [layers, images] of numbers of the host; the host does not wait for the copy."""
+    on_host = torch.tensor(values, dtype=torch.float32, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 def add_mlp(layer: CLIPEncoderLayer, rows: torch.Tensor) -> torch.Tensor:

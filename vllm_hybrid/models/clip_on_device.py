@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from vllm.logger import init_logger
@@ -13,20 +15,64 @@ from vllm_hybrid.attention.interface import DeviceTower
 from vllm_hybrid.levels import Thresholds
 from vllm_hybrid.method.device_tokens import DeviceTokens, Lengths, live_tokens
 from vllm_hybrid.method.token_merging import LiveTokens
-from vllm_hybrid.models.clip import add_mlp, by_layer, embed_patches, project_heads, project_out
+from vllm_hybrid.models.clip import (
+    add_mlp,
+    embed_patches,
+    project_heads,
+    project_out,
+    rows_that_merge,
+    threshold_values,
+)
 from vllm_hybrid.models.tensor_parallel import sum_over_ranks
-from vllm_hybrid.models.tower_capacity import TowerCapacity
+from vllm_hybrid.models.tower_capacity import TowerCapacity, row_buckets
+from vllm_hybrid.models.tower_graphs import TowerGraphs, TowerInputs
 
 # vLLM shows what its own loggers and those below them say.
 logger = init_logger(f"vllm.{__name__}")
 
 
-class DeviceEncoder:
-    """Encodes batches of images of which at least one merges in some layer."""
+@dataclass(frozen=True)
+class _Batch:
+    """An encoded batch.
 
-    def __init__(self, ops: DeviceTower) -> None:
+    Attributes:
+        tokens: behind the last layer.
+        owner: int64 [images, P], which of them holds each patch.
+        lengths: what was read of them.
+        merging: the layers in which merges were looked for.
+
+    """
+
+    tokens: DeviceTokens
+    owner: torch.Tensor
+    lengths: Lengths
+    merging: Sequence[bool]
+
+
+class DeviceEncoder:
+    """Encodes batches of images of which at least one merges in some layer.
+
+    Args:
+        ops: who attends and merges.
+        patches: of an image.
+
+    """
+
+    def __init__(self, ops: DeviceTower, patches: int) -> None:
         self.capacity = TowerCapacity()
+        self.graphs: TowerGraphs | None = None
         self._ops = ops
+        self._length = 1 + patches
+
+    def make_graphs(self, tower: CLIPVisionModel, image_shape: tuple[int, ...], images: int) -> TowerGraphs:
+        """Graphs of batches of up to ``images`` images of a shape, used once they are captured."""
+        model = tower.vision_model
+        layers = len(model.encoder.layers)
+        device = model.encoder.layers[0].layer_norm1.weight.device
+        make_inputs = partial(_graph_inputs, image_shape, layers, model.dtype, device)
+        buckets = partial(row_buckets, length=self._length, layers=layers)
+        self.graphs = TowerGraphs(partial(self._run_table, tower), make_inputs, buckets, images)
+        return self.graphs
 
     def encode(
         self,
@@ -38,28 +84,50 @@ class DeviceEncoder:
 
         A batch for which the rows granted to a layer do not suffice is run again with a row for every token.
         """
-        hidden = embed_patches(tower, pixel_values)
-        images, length, _ = hidden.shape
-        layers = len(tower.vision_model.encoder.layers)
-        rows = by_layer(thresholds, layers, hidden.device)
-        granted = self.capacity.rows(thresholds, length, layers)
-        tokens, owner = run_layers(tower, hidden, rows, granted or [images * length] * layers, self._ops)
-        lengths = Lengths.read(tokens)
+        granted = self.capacity.rows(thresholds, self._length, len(tower.vision_model.encoder.layers))
+        batch = self._run(tower, pixel_values, thresholds, granted)
         if granted is not None:
-            self.capacity.count(lengths.overflowed)
-        if lengths.overflowed:
-            logger.debug("The tower's %d images need more rows than %s: once more.", images, granted)
-            tokens, owner = run_layers(tower, hidden, rows, [images * length] * layers, self._ops)
-            lengths = Lengths.read(tokens)
-        self.capacity.learn(thresholds, _after_layers(lengths, [row is not None for row in rows], length))
-        return live_tokens(tokens, owner, lengths.images[-1])
+            self.capacity.count(batch.lengths.overflowed)
+        if batch.lengths.overflowed:
+            logger.debug(
+                "The tower's %d images need more rows than %s: once more.", len(pixel_values), granted
+            )
+            batch = self._run(tower, pixel_values, thresholds, None)
+        self.capacity.learn(thresholds, _after_layers(batch.lengths, batch.merging, self._length))
+        return live_tokens(batch.tokens, batch.owner, batch.lengths.images[-1])
 
     def warm_up(self, tower: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
         """Have every kernel compiled that a batch needs, by one image in which nothing merges."""
-        hidden = embed_patches(tower, pixel_values[:1])
-        layers, rows = len(tower.vision_model.encoder.layers), hidden.shape[1]
-        never = torch.full((1,), math.inf, device=hidden.device)
-        run_layers(tower, hidden, [never] * layers, [rows] * layers, self._ops)
+        layers = len(tower.vision_model.encoder.layers)
+        never = torch.full((layers, 1), math.inf, device=pixel_values.device)
+        self._run_table(tower, pixel_values[:1], never, [self._length] * layers)
+
+    def _run(
+        self,
+        tower: CLIPVisionModel,
+        pixel_values: torch.Tensor,
+        thresholds: Sequence[Thresholds | None],
+        granted: Sequence[int] | None,
+    ) -> _Batch:
+        """The batch with as many rows as its layers are granted; None: a row for every token."""
+        layers = len(tower.vision_model.encoder.layers)
+        values = threshold_values(thresholds, layers)
+        replayed = None if self.graphs is None else self.graphs.encode(pixel_values, values, granted)
+        if replayed is not None:
+            tokens, owner = replayed
+            # The next replay writes over the graph's own.
+            return _Batch(tokens, owner.clone(), Lengths.read(tokens), [True] * layers)
+        hidden = embed_patches(tower, pixel_values)
+        by_layer = rows_that_merge(values, hidden.device)
+        rows = granted or [len(pixel_values) * self._length] * layers
+        tokens, owner = run_layers(tower, hidden, by_layer, rows, self._ops)
+        return _Batch(tokens, owner, Lengths.read(tokens), [row is not None for row in by_layer])
+
+    def _run_table(
+        self, tower: CLIPVisionModel, pixels: torch.Tensor, thresholds: torch.Tensor, rows: Sequence[int]
+    ) -> tuple[DeviceTokens, torch.Tensor]:
+        """The tower with merges looked for in every layer; thresholds float32 [layers, images]."""
+        return run_layers(tower, embed_patches(tower, pixels), list(thresholds), rows, self._ops)
 
 
 def run_layers(
@@ -107,3 +175,13 @@ def _after_layers(lengths: Lengths, merging: Sequence[bool], length: int) -> lis
         now = next(merged) if merges else now
         after.append(now)
     return after
+
+
+def _graph_inputs(
+    image_shape: tuple[int, ...], layers: int, dtype: torch.dtype, device: torch.device, images: int
+) -> TowerInputs:
+    """Blank images in which nothing merges."""
+    return TowerInputs(
+        torch.zeros(images, *image_shape, dtype=dtype, device=device),
+        torch.full((layers, images), math.inf, device=device),
+    )

@@ -20,6 +20,7 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from vllm_hybrid.config import HybridConfig
@@ -33,6 +34,7 @@ from vllm_hybrid.models.clip import encode_merged
 from vllm_hybrid.models.clip_on_device import DeviceEncoder
 from vllm_hybrid.models.llama import HybridLlamaForCausalLM
 from vllm_hybrid.models.row_padding import map_row_chunks
+from vllm_hybrid.models.tower_graphs import DEFAULT_IMAGES, TowerGraphs
 from vllm_hybrid.startup.settings import check_options, hybrid_config, num_patches
 
 
@@ -102,7 +104,12 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
             )
         self._ops = self.language_model.model.attention_ops
         on_device = self._ops.device_tower
-        self._device_encoder = None if on_device is None else DeviceEncoder(on_device)
+        self._device_encoder = None if on_device is None else DeviceEncoder(on_device, self.patches)
+        if self._device_encoder is not None and _captures_tower(vllm_config):
+            vision = config.vision_config
+            shape = (vision.num_channels, vision.image_size, vision.image_size)
+            images = vllm_config.compilation_config.encoder_cudagraph_max_vision_items_per_batch
+            self._device_encoder.make_graphs(self.vision_tower, shape, images or DEFAULT_IMAGES)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
@@ -163,6 +170,12 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
             self._live_counts.update(zip(unknown, (owner.amax(dim=1) + 1).tolist(), strict=True))
         return [self._live_counts[output] for output in outputs]
 
+    @property
+    def tower_graphs(self) -> TowerGraphs | None:
+        """Graphs of the tower, where they are asked for; who runs the model has them captured."""
+        encoder = self._device_encoder if self.hybrid.active else None
+        return None if encoder is None else encoder.graphs
+
     def foreign_pages(self) -> torch.Tensor | None:
         """Whose pages held another request's data in the last step; see :class:`HybridLlamaModel`."""
         return self.language_model.model.foreign_pages() if self.hybrid.active else None
@@ -219,3 +232,9 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         # Dummy runs call forward without embedding first, so nothing may be left for them to find.
         images, self._images = self._images, None
         return self.language_model.model(input_ids, positions, inputs_embeds, images)
+
+
+def _captures_tower(vllm_config: VllmConfig) -> bool:
+    """Whether CUDA graphs of the tower are asked for, by vLLM's own option."""
+    asked = vllm_config.compilation_config.cudagraph_mm_encoder
+    return asked and current_platform.is_cuda() and not vllm_config.model_config.enforce_eager

@@ -11,6 +11,7 @@ next such failure for two, then four and so on up to 64: pictures chosen to fail
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 
@@ -25,6 +26,9 @@ STEPS = 64
 LONGEST_PAUSE = 64
 # Batches without a failure after which a pause gets shorter again.
 TRUSTED_AFTER = 64
+
+# Share of an image's tokens that buckets of rows leave behind the last layer.
+BUCKETS = (1.0, 0.5, 0.25)
 
 # How many images of a kind a batch had, and their mean tokens after each layer.
 _Batch = tuple[int, np.ndarray]
@@ -94,6 +98,25 @@ class TowerCapacity:
         self._held += 1
         if self._held == TRUSTED_AFTER:
             self._pause, self._held = max(1, self._pause // 2), 0
+
+
+def row_buckets(images: int, length: int, layers: int) -> list[list[int]]:
+    """Rows for the layers of batches of which the shapes are to be known beforehand.
+
+    Calibrated thresholds merge about as many tokens in each layer, so the rows of a bucket fall on a line.
+
+    Args:
+        images: in a batch.
+        length: tokens of an unmerged image.
+        layers: layers of the tower.
+
+    Returns:
+        For each bucket rows after each layer; the first has a row for every token.
+
+    """
+    unmerged = images * length
+    merged = [[(1 - left) * layer / layers for layer in range(1, layers + 1)] for left in BUCKETS]
+    return [[math.ceil(unmerged * (1 - share)) for share in shares] for shares in merged]
 
 
 def _wanted(seen: Sequence[_Batch], images: int) -> np.ndarray:
