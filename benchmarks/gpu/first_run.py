@@ -191,6 +191,7 @@ def speed(stage: Stage) -> None:
     command = ["--out", str(stage.work / "speed.json"), "--work", str(stage.work)]
     command += ["--budget", f"{stage.left_s:.1f}", "--kinds", stage.args.kinds]
     command += ["--eager"] if stage.args.eager else []
+    command += ["--tower-graphs"] if stage.args.tower_graphs else []
     for option in ("lives", "ratios", "loads", "commit"):
         if value := getattr(stage.args, option):
             command += [f"--{option}", value]
@@ -228,6 +229,7 @@ def _profile_engine(stage: Stage, results: Results, engine: Engine, prompts: int
         scale=scale,
         cuda=not stage.args.tiny,
         eager=stage.eager,
+        tower_graphs=stage.args.tower_graphs,
         repeats=1,
         loads=(),
         folder=folder,
@@ -363,6 +365,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--ratios", help="of speed, see bench.py")
     parser.add_argument("--loads", help="of speed, see bench.py")
     parser.add_argument("--eager", action="store_true", help="of speed and profile: no compiling, no graphs")
+    parser.add_argument(
+        "--tower-graphs", action="store_true", help="of speed and profile, see bench.py; DIR of its own"
+    )
     parser.add_argument("--at-once", type=int, default=3, help="engines that smoke starts at the same time")
     return parser
 

@@ -69,8 +69,8 @@ def test_an_engine_that_fails_in_smoke_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
-    facts = {"decoder_attention": {"A": 2}, "tower_attention": {}, "block_sizes": [16]}
-    facts |= {"compile_mode": "NONE", "graph_mode": "NONE"}
+    facts: dict[str, Any] = {"decoder_attention": {"A": 2}, "tower_attention": {}, "block_sizes": [16]}
+    facts |= {"compile_mode": "NONE", "graph_mode": "NONE", "tower_graphs": False}
 
     def start(one: smoke.Start, *_: Any) -> dict[str, Any]:
         tried.append(one.key)

@@ -108,6 +108,7 @@ def run_of(tmp_path: Path, **changes: Any) -> bench.Run:
         "scale": TINY,
         "cuda": False,
         "eager": True,
+        "tower_graphs": False,
         "repeats": 1,
         "loads": LOADS,
         "folder": tmp_path,
@@ -452,6 +453,19 @@ def test_only_stock_on_triton_is_held_to_an_attention_backend(tmp_path: Path) ->
             not {"block_size", "enable_prefix_caching", "compilation_config", "enforce_eager"}
             & options.keys()
         )
+
+
+def test_graphs_of_the_tower_are_asked_of_the_hybrid_alone(tmp_path: Path) -> None:
+    from benchmarks.gpu.speed.serving import engine_options
+
+    run = run_of(tmp_path, cuda=True, eager=False, tower_graphs=True)
+    asked = {
+        engine.kind: engine_options(tmp_path, bench.plan_of(run, engine, 1)).get("compilation_config")
+        for engine in (Engine("stock"), Engine("off"), Engine("hybrid", 0.5, (90,)))
+    }
+    assert asked == {"stock": None, "off": None, "hybrid": {"cudagraph_mm_encoder": True}}
+    plan = bench.plan_of(run, Engine("hybrid", 0.5, (90,)), 1) | {"eager": True}
+    assert "compilation_config" not in engine_options(tmp_path, plan)
 
 
 def test_every_engine_keeps_the_same_share_of_the_pool_free(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ from benchmarks.gpu.prediction.cost_model import (
     Shape,
     Work,
     encode_time,
+    replay_time,
     step_time,
+    tower_graph_room,
+    tower_room,
 )
 from tests.support.paths import ROOT
 
@@ -150,6 +153,15 @@ def test_an_image_costs_less_the_fewer_tokens_are_left() -> None:
             for live, ratio in ((394, 0.0), (195, 0.0), (90, 0.0), (90, 0.5), (90, 0.75))
         ]
         assert rates == sorted(rates) and len(set(rates)) == len(rates)
+
+
+def test_a_replay_spares_launches_and_computes_more_rows() -> None:
+    engine, gpu = Engine(Reduction(90, 0.5)), Gpu()
+    assert replay_time(FULL, engine, 1, gpu) < encode_time(FULL, engine, 1, gpu)
+    free = replace(gpu, launch=0.0)
+    assert replay_time(FULL, engine, 1, free) > encode_time(FULL, engine, 1, free)
+    room = tower_graph_room(FULL, Reduction(90))
+    assert tower_room(FULL, Reduction(90)) < room < tower_graph_room(FULL, Reduction(20))
 
 
 def test_flash_attention_speeds_up_stock_and_is_refused_to_the_hybrid() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
 from vllm_hybrid.models.tower_capacity import (
+    BUCKETS,
     FEWEST,
     LONGEST_PAUSE,
     SLACK,
@@ -14,6 +16,7 @@ from vllm_hybrid.models.tower_capacity import (
     TRUSTED_AFTER,
     WINDOW,
     TowerCapacity,
+    row_buckets,
 )
 
 LENGTH, LAYERS = 577, 3
@@ -132,3 +135,19 @@ def test_pictures_at_random_seldom_fail_and_save_rows(seed: int) -> None:
         left = [[min(577, int(x * factor) + 1) for x in own] for factor in (4, 2, 1)]
         guessed += batch(capacity, ["low"] * len(own), left)[0]
     assert capacity.reruns < 50 and guessed > 1700
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_buckets_have_room_for_what_batches_that_fall_on_their_lines_are_granted(images: int) -> None:
+    layers = 23
+    buckets = row_buckets(images, LENGTH, layers)
+    assert buckets[0] == [images * LENGTH] * layers
+    for left, rows in zip(BUCKETS, buckets, strict=True):
+        assert rows == sorted(rows, reverse=True) and rows[0] <= images * LENGTH
+        fall = [round(LENGTH * (1 - (1 - left) * layer / layers)) for layer in range(1, layers + 1)]
+        kinds = ["kind"] * images
+        granted = learned(kinds, [[tokens] * images for tokens in fall]).rows(kinds, LENGTH, layers)
+        assert granted is not None
+        assert all(own >= wanted for own, wanted in zip(rows, granted, strict=True))
+    for more, less in itertools.pairwise(buckets):
+        assert all(a >= b for a, b in zip(more, less, strict=True)) and more[-1] > less[-1]

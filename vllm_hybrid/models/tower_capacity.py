@@ -11,7 +11,6 @@ next such failure for two, then four and so on up to 64: pictures chosen to fail
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 
@@ -28,7 +27,7 @@ LONGEST_PAUSE = 64
 TRUSTED_AFTER = 64
 
 # Share of an image's tokens that buckets of rows leave behind the last layer.
-BUCKETS = (1.0, 0.5, 0.25)
+BUCKETS = (1.0, 1 / 2, 1 / 3, 1 / 4)
 
 # How many images of a kind a batch had, and their mean tokens after each layer.
 _Batch = tuple[int, np.ndarray]
@@ -69,10 +68,8 @@ class TowerCapacity:
         if any(len(self._seen.get(kind, ())) < FEWEST for kind in kinds):
             return None
         unmerged = len(kinds) * length
-        step = -(-unmerged // STEPS)
         wanted = sum(_wanted(self._seen[kind], images) for kind, images in Counter(kinds).items())
-        rows = np.minimum(np.ceil(wanted * SLACK / step).astype(int) * step, unmerged)
-        return np.minimum.accumulate(rows).tolist()
+        return np.minimum.accumulate(_with_slack(wanted, unmerged)).tolist()
 
     def learn(self, kinds: Sequence[Hashable], lengths: Sequence[Sequence[int]]) -> None:
         """Take in what a batch needed.
@@ -103,7 +100,8 @@ class TowerCapacity:
 def row_buckets(images: int, length: int, layers: int) -> list[list[int]]:
     """Rows for the layers of batches of which the shapes are to be known beforehand.
 
-    Calibrated thresholds merge about as many tokens in each layer, so the rows of a bucket fall on a line.
+    Calibrated thresholds merge about as many tokens in each layer, so the rows of a bucket fall on a line, on
+    top of which comes the slack of any batch.
 
     Args:
         images: in a batch.
@@ -115,8 +113,14 @@ def row_buckets(images: int, length: int, layers: int) -> list[list[int]]:
 
     """
     unmerged = images * length
-    merged = [[(1 - left) * layer / layers for layer in range(1, layers + 1)] for left in BUCKETS]
-    return [[math.ceil(unmerged * (1 - share)) for share in shares] for shares in merged]
+    done = np.arange(1, layers + 1) / layers
+    return [_with_slack(np.ceil(unmerged * (1 - (1 - left) * done)), unmerged).tolist() for left in BUCKETS]
+
+
+def _with_slack(tokens: np.ndarray | int, unmerged: int) -> np.ndarray:
+    """Rows for so many tokens, a little more and rounded up, of a batch that has so many unmerged."""
+    step = -(-unmerged // STEPS)
+    return np.minimum(np.ceil(tokens * SLACK / step).astype(int) * step, unmerged)
 
 
 def _wanted(seen: Sequence[_Batch], images: int) -> np.ndarray:

@@ -67,7 +67,9 @@ def engine_options(checkpoint: Path, plan: dict[str, Any]) -> dict[str, Any]:
             # FlashAttention has no float32.
             options["mm_encoder_attn_backend"] = "TORCH_SDPA"
     if not plan["eager"]:
-        options["compilation_config"] = {"cudagraph_capture_sizes": GRAPH_SIZES}
+        # With and without graphs of the tower, in two engines each of which prunes or does not.
+        graphs = {"cudagraph_capture_sizes": GRAPH_SIZES, "cudagraph_mm_encoder": plan["ratio"] > 0}
+        options["compilation_config"] = graphs
     return options
 
 

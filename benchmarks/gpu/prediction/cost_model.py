@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from vllm_hybrid.attention.triton_kernels.lists import SEGMENT  # noqa: E402
 from vllm_hybrid.method.fastv import live_to_kept  # noqa: E402
-from vllm_hybrid.models.tower_capacity import SLACK, STEPS  # noqa: E402
+from vllm_hybrid.models.tower_capacity import SLACK, STEPS, row_buckets  # noqa: E402
 from vllm_hybrid.tools.calibrate import live_schedule  # noqa: E402
 
 BLOCK_SIZE = 16
@@ -183,6 +183,16 @@ def tower_room(shape: Shape, reduction: Reduction) -> float:
     tokens = [attended for attended, _ in tower_tokens(shape, reduction)]
     granted = [min(unmerged, SLACK * own + unmerged / (2 * STEPS)) for own in tokens]
     return sum(granted) / sum(tokens)
+
+
+def tower_graph_room(shape: Shape, reduction: Reduction) -> float:
+    """The same of a captured graph: its bucket is the least with room for what is granted."""
+    tokens = [merged for _, merged in tower_tokens(shape, reduction)]
+    unmerged = shape.patches + 1
+    buckets = row_buckets(1, unmerged, shape.vision_layers)
+    granted = [min(unmerged, SLACK * own) for own in tokens]
+    enough = [rows for rows in buckets if all(row >= own for row, own in zip(rows, granted, strict=True))]
+    return sum((enough or buckets[:1])[-1]) / sum(tokens)
 
 
 def tower_linear_flops(shape: Shape, reduction: Reduction) -> float:
@@ -386,9 +396,23 @@ def encode_time(shape: Shape, engine: Engine, images: int, gpu: Gpu) -> float:
     """Seconds to encode images in one batch."""
     if images == 0:
         return 0.0
+    device = _tower_device_time(shape, engine, images, gpu, tower_room(shape, engine.reduction))
+    merges = engine.reduction.live is not None
+    launches = gpu.tower_layer_launches + (gpu.merge_launches if merges else 0)
+    waits = gpu.round_trip if merges else 0.0
+    return max(device, shape.vision_layers * launches * gpu.launch) + waits
+
+
+def replay_time(shape: Shape, engine: Engine, images: int, gpu: Gpu) -> float:
+    """Seconds to encode images that merge in one batch, by a captured graph."""
+    room = tower_graph_room(shape, engine.reduction)
+    return _tower_device_time(shape, engine, images, gpu, room) + gpu.launch + gpu.round_trip
+
+
+def _tower_device_time(shape: Shape, engine: Engine, images: int, gpu: Gpu, room: float) -> float:
+    """Seconds that the device takes for a batch, with so many times the rows it needs."""
     reduction = engine.reduction
     attention_share = gpu.flash_tower_share if engine.flash else gpu.tower_attention_share
-    room = tower_room(shape, reduction)
     gemm = tower_linear_flops(shape, reduction) * room + matching_flops(shape, reduction)
     gemm += projector_flops(shape, reduction.live_of(shape))
     device = images * gemm / (gpu.flops * gpu.gemm_share)
@@ -397,10 +421,7 @@ def encode_time(shape: Shape, engine: Engine, images: int, gpu: Gpu) -> float:
     passes = gpu.tower_layer_passes + (gpu.merge_passes if merges else 0)
     tokens = room * sum(attended for attended, _ in tower_tokens(shape, reduction))
     moved = images * tokens * passes * shape.vision_width * shape.number_bytes
-    device += moved / (gpu.bandwidth * gpu.bandwidth_share)
-    launches = gpu.tower_layer_launches + (gpu.merge_launches if merges else 0)
-    waits = gpu.round_trip if merges else 0.0
-    return max(device, shape.vision_layers * launches * gpu.launch) + waits
+    return device + moved / (gpu.bandwidth * gpu.bandwidth_share)
 
 
 def query_tile(engine: Engine) -> int:

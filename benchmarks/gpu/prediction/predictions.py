@@ -33,6 +33,7 @@ from benchmarks.gpu.prediction.cost_model import (  # noqa: E402
     Shape,
     Work,
     encode_time,
+    replay_time,
     request_kv_bytes,
     step_time,
 )
@@ -274,6 +275,16 @@ def steps_table(shape: Shape, gpu: Gpu) -> str:
     return _table(["ms", "stock", "stock, Triton", "90 live, R = 0", "90 live, R = 0.5"], rows)
 
 
+def tower_graphs_table(shape: Shape, gpu: Gpu) -> str:
+    """Markdown: milliseconds of the tower on a few pictures, launched kernel by kernel and replayed."""
+    few = (1, 2, 3, 4, 8)
+    rows = [
+        [name, *(f"{1e3 * seconds(shape, MERGED, images, gpu):.2f}" for images in few)]
+        for name, seconds in (("kernel by kernel", encode_time), ("as a graph", replay_time))
+    ]
+    return _table(["tower at 90 live, ms", *(f"{n} picture{'s' * (n > 1)}" for n in few)], rows)
+
+
 def assumptions(gpu: Gpu) -> str:
     """Markdown: every number of :class:`Gpu`, with what it stands for."""
     said = dict(re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n\n)", Gpu.__doc__ or "", re.S | re.M))
@@ -321,6 +332,7 @@ def report(shape: Shape, gpu: Gpu) -> dict[str, str]:
         "Concurrency": sweep_table(sweep(shape, gpu)),
         f"Live tokens and R, {FLIGHT} requests in flight": reductions_table(reductions(shape, gpu)),
         "Single steps": steps_table(shape, gpu),
+        "A few pictures": tower_graphs_table(shape, gpu),
         "What is assumed": assumptions(gpu),
         "What it hangs on": sensitivity(shape, gpu),
     }

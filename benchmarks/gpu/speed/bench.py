@@ -71,6 +71,7 @@ class Run:
         scale: how much is asked.
         cuda: whether there is a GPU.
         eager: whether engines neither compile nor capture.
+        tower_graphs: whether the hybrid captures its tower as well.
         repeats: most repeats of a cell.
         loads: of ``cells.LOADS``.
         folder: the model.
@@ -85,6 +86,7 @@ class Run:
     scale: Scale
     cuda: bool
     eager: bool
+    tower_graphs: bool
     repeats: int
     loads: Sequence[str]
     folder: Path
@@ -129,6 +131,7 @@ def plan_of(run: Run, engine: Engine, seed: int) -> dict[str, Any]:
         "repeats": run.repeats,
         "seed": seed,
         "eager": run.eager,
+        "tower_graphs": run.tower_graphs and engine.kind == "hybrid",
         "max_model_len": MAX_MODEL_LEN,
         "step_tokens": run.scale.step_tokens,
         "max_num_seqs": run.scale.max_num_seqs,
@@ -305,7 +308,9 @@ def _note_start(
 ) -> None:
     """Keep what an engine said of itself, and every time it took to start."""
     before = results.engines.get(engine.name, {}).get("started_s", [])
-    sizes = {name: plan[name] for name in ("pool_bytes", "max_num_seqs", "step_tokens", "eager")}
+    sizes = {
+        name: plan[name] for name in ("pool_bytes", "max_num_seqs", "step_tokens", "eager", "tower_graphs")
+    }
     results.engines[engine.name] = {
         "started_s": [*before, took],
         "text_tokens": TEXT_TOKENS,
@@ -354,6 +359,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--eager", action="store_true", help="neither compile nor capture; its cells are marked"
     )
+    parser.add_argument(
+        "--tower-graphs", action="store_true", help="the hybrid captures its tower as well; --out of its own"
+    )
     parser.add_argument("--commit", help="of the sources, where they are not a checkout")
     return parser
 
@@ -382,6 +390,7 @@ def run_benchmark(args: argparse.Namespace, progress: Callable[[Results], None])
         scale=scale,
         cuda=results.content["device"]["kind"] == "cuda",
         eager=args.eager or args.tiny,
+        tower_graphs=args.tower_graphs,
         repeats=args.repeats,
         loads=args.loads.split(","),
         folder=folder,

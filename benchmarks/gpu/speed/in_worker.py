@@ -60,6 +60,7 @@ class InWorker:
         Returns:
             ``decoder_attention`` and ``tower_attention``, names with the number of layers that have them;
             ``block_sizes`` of the KV-cache groups; ``compile_mode``, ``graph_mode`` and ``graph_sizes``;
+            ``tower_graphs``, whether the tower was captured;
             ``model_runner``; ``reserved_bytes`` of device memory, None without a device.
 
         """
@@ -74,12 +75,20 @@ class InWorker:
             "compile_mode": _name(compilation.mode),
             "graph_mode": _name(compilation.cudagraph_mode),
             "graph_sizes": list(compilation.cudagraph_capture_sizes or []),
+            "tower_graphs": _tower_graphs(self.model_runner),
             "model_runner": "V2" if self.vllm_config.use_v2_model_runner else "V1",
             "prefix_caching": self.vllm_config.cache_config.enable_prefix_caching,
             "async_scheduling": self.vllm_config.scheduler_config.async_scheduling,
             "step_tokens": self.vllm_config.scheduler_config.max_num_batched_tokens,
             "reserved_bytes": torch.cuda.memory_reserved() if cuda else None,
         }
+
+
+def _tower_graphs(runner: Any) -> bool:
+    """Whether vLLM's encoder runner has captured graphs; its V1 runner is not asked."""
+    encoder = getattr(getattr(runner, "model_state", None), "encoder_runner", None)
+    manager = getattr(encoder, "cudagraph_manager", None)
+    return manager is not None and bool(manager.is_captured())
 
 
 def _decoder_attention(layers: dict[str, Any]) -> list[str]:

@@ -41,8 +41,8 @@ def engine_options(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         folder: of ``model.write_folder``.
         plan: ``kind`` (``stock``, ``stock_triton``, ``off`` or ``hybrid``), ``cuda``, ``eager``,
             ``overrides`` (``--hf-overrides``), ``max_model_len``, ``step_tokens``, ``max_num_seqs`` and
-            ``pool_bytes``; where they are given, ``graph_sizes`` to capture and ``memory_share``, the share
-            of the device that has to be free.
+            ``pool_bytes``; where they are given, ``graph_sizes`` to capture, ``tower_graphs``, whether the
+            tower is captured as well, and ``memory_share``, the share of the device that has to be free.
 
     Returns:
         The arguments. Attention backends, block sizes, graphs and prefix caching are vLLM's and the plugin's
@@ -68,13 +68,23 @@ def engine_options(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     }
     if plan["eager"]:
         options["enforce_eager"] = True
-    elif plan.get("graph_sizes"):
-        options["compilation_config"] = {"cudagraph_capture_sizes": plan["graph_sizes"]}
+    elif graphs := _graphs(plan):
+        options["compilation_config"] = graphs
     if plan.get("memory_share"):
         options["gpu_memory_utilization"] = plan["memory_share"]
     if plan["kind"] == "stock_triton" and plan["cuda"]:
         options |= ON_TRITON
     return options
+
+
+def _graphs(plan: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of graphs, as vLLM's compilation config."""
+    said: dict[str, Any] = {}
+    if plan.get("graph_sizes"):
+        said["cudagraph_capture_sizes"] = plan["graph_sizes"]
+    if plan.get("tower_graphs"):
+        said["cudagraph_mm_encoder"] = True
+    return said
 
 
 def set_environment(kind: str | None = None) -> None:

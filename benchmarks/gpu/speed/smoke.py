@@ -94,6 +94,8 @@ def plan_of(start: Start, size: LlavaShape, tiny: bool) -> dict[str, Any]:
         "seed": 0,
         "eager": start.mode == EAGER,
         "graph_sizes": [1, 2, 4],
+        # One of the two that merge captures its tower, so that both ways are seen to start.
+        "tower_graphs": start.kind == "hybrid" and start.ratio > 0,
         "max_model_len": 2048,
         "step_tokens": 4096,
         "max_num_seqs": 8,
@@ -256,5 +258,5 @@ def _row(key: str, cell: dict[str, Any] | None, failure: dict[str, Any] | None) 
     blocks = ", ".join(map(str, chose["block_sizes"]))
     return (
         f"| {key} | ok | {cell['started_s']:.0f} | {attention[0]} | {attention[1]} | {blocks} | "
-        f"{chose['compile_mode']}, {chose['graph_mode']} |"
+        f"{chose['compile_mode']}, {chose['graph_mode']}{', tower' if chose['tower_graphs'] else ''} |"
     )

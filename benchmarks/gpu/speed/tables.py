@@ -157,6 +157,7 @@ def engine_rows(content: dict[str, Any]) -> list[str]:
         starts = ", ".join(f"{s:.0f}" for s in engine["started_s"])
         attention = [_listed(facts.get(part, {})) for part in ("decoder_attention", "tower_attention")]
         graphs = ", ".join(facts[mode] for mode in ("compile_mode", "graph_mode") if mode in facts)
+        graphs += ", tower" if facts.get("tower_graphs") else ""
         blocks = ", ".join(map(str, facts.get("block_sizes", [])))
         rows.append(f"| {name} | {starts} | {attention[0]} | {attention[1]} | {blocks} | {graphs} |")
     head = [
