@@ -23,10 +23,26 @@ from benchmarks.gpu.checks.watch import Steps
 from benchmarks.gpu.kernels import calls
 from benchmarks.gpu.kernels import run as kernel_run
 from benchmarks.gpu.kernels.checks import errors, verdict
-from benchmarks.gpu.kernels.floors import floors
-from benchmarks.gpu.kernels.plan import checked_scenes
+from benchmarks.gpu.kernels.floors import floor_table, floors, owners_floor, tower_floor_table, tower_floors
+from benchmarks.gpu.kernels.plan import (
+    SANITIZED_TOWERS,
+    SEVEN_B,
+    TimedTower,
+    checked_scenes,
+    checked_towers,
+    timed_towers,
+)
 from benchmarks.gpu.kernels.sanitizer import findings, sanitize
 from benchmarks.gpu.kernels.scenes import KV_ROWS_PER_BLOCK, Heads, SceneShape, make_scene, reference_results
+from benchmarks.gpu.kernels.tower_scenes import (
+    MARGIN,
+    TowerHeads,
+    TowerShape,
+    granted_rows,
+    make_tower_scene,
+    tower_lengths,
+    tower_reference,
+)
 from benchmarks.gpu.running import cases
 from benchmarks.gpu.running.cases import UNLIMITED_S, Case, Record, Runner, drive
 from benchmarks.gpu.running.results import Results
@@ -116,6 +132,98 @@ def test_floors_follow_the_shape() -> None:
     assert dense.flops == 2 * (636 * 637 / 2) * 4 * 32 * 128
 
 
+# Scenes of the tower.
+
+TOWERS = checked_towers(tiny=True)
+TOWER = TOWERS["tower, padding"].shape
+SHORT = TOWERS["tower, more tokens than rows"].shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [TOWER, TimedTower(3, 9, 3, layers=4, patches=24).shape])
+def test_a_tower_scene_leaves_the_lengths_asked_for(shape: TowerShape, dtype: torch.dtype) -> None:
+    scene = make_tower_scene(shape, seed=4, dtype=dtype)
+    found = tower_reference(scene)
+    wanted = [[0, *torch.tensor(own).cumsum(0).tolist()] for own in shape.lengths]
+    assert found["bounds"][: len(wanted) * (shape.images + 1)].tolist() == sum(wanted, [])
+    assert bool(found["owners"].amax(dim=1).add(2).eq(torch.tensor(shape.lengths[-1])).all())
+    for tensor in (scene.hidden, *(x for layer in scene.layers for x in (layer.qkv, layer.added))):
+        assert torch.equal(tensor, tensor.to(dtype).float())
+    # Behind the tokens of every stage lies padding: features 0, sizes 1.
+    room = shape.rows[-1] - sum(shape.lengths[-1])
+    assert room > 0 and not found["hidden"][-room:].any() and bool((found["sizes"][-room:] == 1).all())
+
+
+def test_no_decision_of_a_tower_scene_is_a_matter_of_rounding() -> None:
+    scene = make_tower_scene(TOWER, seed=5, dtype=torch.bfloat16)
+    for layer, before in zip(scene.layers, TOWER.lengths, strict=False):
+        keys = layer.heads(TOWER.heads.head_size)[1].double().sum(dim=1).split(list(before))
+        for image, threshold in zip(keys, layer.threshold.tolist(), strict=True):
+            unit = torch.nn.functional.normalize(image, dim=-1)
+            best = (unit[2::2] @ unit[1::2].T).topk(2, dim=1).values
+            assert bool(((best[:, 0] - threshold).abs() > MARGIN / 4).all())
+            # Of a blank image every choice is a tie, which no rounding breaks.
+            assert bool((best[:, 0] - best[:, 1] > MARGIN / 2).all()) or bool((best == 1).all())
+
+
+def test_more_merges_than_there_can_be_are_no_scene() -> None:
+    shape = TowerShape(TowerHeads(1, 8), 24, ((25,), (12,)), (25, 25))
+    with pytest.raises(ValueError, match="13 of 25 tokens cannot merge in one layer"):
+        make_tower_scene(shape, seed=0, dtype=torch.float32)
+
+
+def test_of_a_scene_with_too_few_rows_whole_images_are_compared() -> None:
+    assert SHORT.first_overflow == 2 and SHORT.whole == 3
+    found = tower_reference(make_tower_scene(SHORT, seed=6, dtype=torch.float32))
+    assert found["owners"].shape[0] == SHORT.whole and found["bounds"][-1] == 1
+    kept = [sum(stage[: SHORT.whole]) for stage in SHORT.lengths]
+    assert found["hidden"].shape[0] == sum(kept[1:]) and found["attend"].shape[0] == sum(kept[:-1])
+    # Rows there are and rows needed, up to where they do not suffice.
+    assert found["bounds"][-3:-1].tolist() == [SHORT.rows[2], sum(SHORT.lengths[2])]
+
+
+def test_the_gpu_s_towers_are_the_model_s_in_both_dtypes() -> None:
+    scenes = checked_towers(tiny=False).values()
+    assert {scene.dtype for scene in scenes} == {torch.bfloat16, torch.float32}
+    for dtype in (torch.bfloat16, torch.float32):
+        own = [scene.shape for scene in scenes if scene.dtype == dtype and scene.shape.heads.width == 1024]
+        assert any(shape.first_overflow for shape in own)
+        assert any(shape.first_overflow is None and shape.rows[-1] > sum(shape.lengths[-1]) for shape in own)
+    assert [shape.first_overflow for shape in SANITIZED_TOWERS] == [None, 2]
+    assert any(layer.images == 25 and layer.patches == 576 for layer in timed_towers(tiny=False).values())
+
+
+def test_pictures_of_a_timed_tower_differ_and_fit_their_rows() -> None:
+    lengths = tower_lengths(25, 90, 576, 23)
+    assert lengths[0] == [577] * 25 and sum(lengths[-1]) == pytest.approx(25 * 91, rel=0.02)
+    assert min(lengths[-1]) < 60 and max(lengths[-1]) > 150
+    for before, after in zip(lengths, lengths[1:], strict=False):
+        assert all(0 <= b - a <= (b + 1) // 2 - 1 for b, a in zip(before, after, strict=True))
+    rows = granted_rows(lengths)
+    assert rows[0] == 25 * 577 and rows == sorted(rows, reverse=True)
+    assert all(sum(stage) <= own for stage, own in zip(lengths, rows, strict=True))
+
+
+def test_floors_of_the_tower_follow_the_shape() -> None:
+    shape = TowerShape(TowerHeads(16, 64), 576, ((577, 577), (400, 300)), (1154, 800))
+    least = tower_floors(shape)
+    assert least["tower_attention"].bytes == 2 * 577 * (4 * 1024 * 2 + 4)
+    assert least["tower_attention"].flops == 2 * 577**2 * 4 * 1024
+    # Ten tiles of queries read all keys and values, and the sizes for each head.
+    asked = 2 * 577 * (2 * 1024 * 2 + 10 * (2 * 1024 * 2 + 16 * 4))
+    assert least["tower_attention"].asked == asked
+    assert least["match and plan"].flops == 2 * 289 * 288 * 2 * 64
+    assert least["join"].bytes > (2 * 1154 + 700) * 1024 * 2
+    assert all(floor.asked >= floor.bytes for floor in least.values())
+    assert owners_floor([[577], [400], [300]], 576).bytes == (577 + 400) * 4 + 576 * 8
+
+
+def test_the_page_about_kernels_has_the_floors() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    assert floor_table(1, 90, 576, 60, SEVEN_B) in text
+    assert tower_floor_table(timed_towers(tiny=False).values()) in text
+
+
 # What is wrong about a kernel's result is seen.
 
 
@@ -165,6 +273,44 @@ def test_a_second_run_of_other_bits_disagrees() -> None:
     assert state(verdict(wanted, again, wanted, torch.float32)) == "DISAGREES: bits"
 
 
+def one_patch_more(sizes: torch.Tensor) -> None:
+    sizes[3] += 1
+
+
+def other_owner(owners: torch.Tensor) -> None:
+    owners[0, -1] = (owners[0, -1] + 1) % owners[0].max()
+
+
+def written_padding(hidden: torch.Tensor) -> None:
+    hidden[-1, 0] = 1e-3
+
+
+TOWER_FAULTS = [
+    ("attend", row_off),
+    ("attend", all_off),
+    ("attend", unwritten),
+    ("hidden", row_off),
+    ("hidden", written_padding),
+    ("sizes", one_patch_more),
+    ("bounds", one_patch_more),
+    ("owners", other_owner),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "fault"), TOWER_FAULTS)
+def test_a_wrong_kernel_of_the_tower_disagrees(
+    name: str, fault: Callable[[torch.Tensor], None], dtype: torch.dtype
+) -> None:
+    wanted = tower_reference(make_tower_scene(TOWER, seed=1, dtype=dtype))
+    got = {key: x.to(dtype) if key in ("attend", "hidden") else x.clone() for key, x in wanted.items()}
+    assert state(verdict(got, got, wanted, dtype)) == "agrees"
+    wrong = got | {name: got[name].clone()}
+    fault(wrong[name])
+    assert state(verdict(wrong, wrong, wanted, dtype)) == f"DISAGREES: {name}"
+    assert state(verdict(got, wrong, wanted, dtype)) == "DISAGREES: bits"
+
+
 def test_unwritten_memory_holds_no_number() -> None:
     with calls.poisoned_memory():
         assert bool(torch.empty(3, 5).isnan().all())
@@ -182,7 +328,7 @@ def test_kernels_are_checked_and_timed_through_the_interpreter(tmp_path: Path) -
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     content = json.loads(out.read_text())
     checked = {key: cell for key, cell in content["cells"].items() if key.startswith("check: ")}
-    assert set(checked) == {f"check: {name}" for name in checked_scenes(tiny=True)}
+    assert set(checked) == {f"check: {name}" for name in (*checked_scenes(tiny=True), *TOWERS)}
     assert {state(cell) for cell in checked.values()} == {"agrees"}, checked
     assert {cell["seed"] for cell in checked.values()} == {7} and "seed 7" in done.stdout
     rows = [row for cell in content["cells"].values() for row in cell.get("kernels", [])]
@@ -194,9 +340,14 @@ def test_kernels_are_checked_and_timed_through_the_interpreter(tmp_path: Path) -
         "segments",
         "importance",
         "decode",
+        "tower_attention",
+        "metric",
+        "match and plan",
+        "join",
+        "owners",
     }
     assert all(row["seconds"] > 0 and row["floor_s"] > 0 for row in rows)
-    assert "check: agrees in all 4 scenes" in done.stdout
+    assert "check: agrees in all 6 scenes" in done.stdout
 
 
 @pytest.mark.parametrize("module", [kernel_run, run])
@@ -568,7 +719,8 @@ def test_kernels_on_a_gpu(tmp_path: Path) -> None:
     done = run_script("kernels/run.py", "--check-only", "--out", str(tmp_path / "kernels.json"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     cells = json.loads((tmp_path / "kernels.json").read_text())["cells"]
-    assert {state(cells[f"check: {name}"]) for name in checked_scenes(tiny=False)} == {"agrees"}, done.stdout
+    names = (*checked_scenes(tiny=False), *checked_towers(tiny=False))
+    assert {state(cells[f"check: {name}"]) for name in names} == {"agrees"}, done.stdout
 
 
 @pytest.mark.skipif(NO_GPU, reason="needs a CUDA device: the engines' answers on it")

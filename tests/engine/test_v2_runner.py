@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests.support.fresh_process import answers_of
+from tests.support.kernel_builds import launched_kernels
 from tests.support.reference import AtLevel, Reference
 from tests.support.tiny_checkpoints import (
     PATCHES,
@@ -198,9 +199,16 @@ def test_later_prompts_find_their_images_in_the_prefix_cache(
     assert any(n % 48 for n in found)
 
 
+@pytest.mark.parametrize("attention", ["triton", "fp8"])
+def test_no_request_waits_for_a_compiler(answers: dict[str, dict[str, Any]], attention: str) -> None:
+    """Pictures of all levels, text, prompts beside decodes, cached prefixes: all was launched before."""
+    found = answers[attention]
+    assert {variant.split(" ")[0] for variant in found["compiled_at_start"]} == launched_kernels()
+    assert found["compiled_later"] == []
+
+
 def test_the_host_waits_once_per_step_with_images_and_never_in_a_decode(interpreted: dict[str, Any]) -> None:
-    # The first step of a server also sets up its tables.
-    steps = interpreted["steps"][1:]
+    steps = interpreted["steps"]
     decodes = [step for step in steps if step["rows"] == step["requests"]]
     encodes = [step for step in steps if step["images"]]
     assert decodes and encodes
@@ -220,7 +228,7 @@ def test_the_tower_waits_once_per_batch(interpreted: dict[str, Any]) -> None:
 
 
 def test_decodes_of_one_size_issue_the_same_operations(interpreted: dict[str, Any]) -> None:
-    steps = interpreted["steps"][1:]
+    steps = interpreted["steps"]
     by_size: dict[int, list[list[str]]] = {}
     for step in steps:
         if step["rows"] == step["requests"]:

@@ -29,6 +29,7 @@ from triton.runtime.errors import InterpreterError  # noqa: E402
 from tests.support import attention_world as shared  # noqa: E402
 from tests.support import kernel_memory  # noqa: E402
 from tests.support.attention_world import PATCHES, World  # noqa: E402
+from tests.support.compiled_kernels import noted_launches  # noqa: E402
 from tests.support.step_trace import trace_step  # noqa: E402
 from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
 from tests.support.vllm_contract import resolve  # noqa: E402
@@ -442,6 +443,17 @@ def test_prefill_in_groups(world: World, most: int, monkeypatch: pytest.MonkeyPa
     plan = row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images)
     shared.check_attention(world, plan, GPU)
     shared.check_later_steps(world, GPU)
+
+
+def test_groups_share_a_kernel(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Which requests a group has is no reason to compile again."""
+    monkeypatch.setattr(prefill, "SCRATCH_KEYS", 1)
+    world = shared.several_requests((4, 2, 64, 5))
+    with noted_launches() as launches:
+        shared.check_attention(
+            world, row_plan.plan_live_rows(world.query_start_loc_cpu[-1], world.images), GPU
+        )
+    assert len([variant for variant in launches.seen if variant.startswith("_dense ")]) == 1
 
 
 def test_scratch_is_bounded(seed: int) -> None:

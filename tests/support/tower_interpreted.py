@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from tests.support import kernel_memory, reference  # noqa: E402
+from tests.support.compiled_kernels import noted_launches  # noqa: E402
 from tests.support.step_trace import trace_step  # noqa: E402
 from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
 from vllm_hybrid.attention.gpu import GpuAttention  # noqa: E402
@@ -266,6 +267,20 @@ def test_warming_up_launches_every_kernel_and_learns_nothing(seed: int) -> None:
         assert (trace.waits == []) == (name == "warm-up")
     assert asked["warm-up"] == asked["first batch"] and len(asked["warm-up"]) == 6
     assert encoder.capacity.rows([(0.9,)], 6, 1) is None
+
+
+@torch.inference_mode()
+def test_no_batch_needs_a_kernel_that_warming_up_did_not_compile(seed: int) -> None:
+    """However many images it has, and wherever the thresholds of a layer lie in those of all."""
+    tower, encoder = make_tower(3, 2, 16), DeviceEncoder(TOWER, 40)
+    rows = torch.stack([picture(40, 32, 0.4) for _ in range(5)])
+    with noted_launches() as launches:
+        encoder.warm_up(tower, rows)
+        assert len(launches.seen) == 6
+        for images in (1, 2, 3, 5):
+            for thresholds in ((0.9, 0.9, 0.9), (NONE, 0.9, NONE)):
+                encoder.encode(tower, rows[:images], [thresholds] * images)
+    assert launches.since(6) == []
 
 
 @torch.inference_mode()

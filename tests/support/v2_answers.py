@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 os.environ |= {
     "TRITON_INTERPRET": "1",
@@ -24,6 +27,7 @@ import torch  # noqa: E402
 import triton.backends  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from tests.support.compiled_kernels import Launches, noted_launches  # noqa: E402
 from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
 
 
@@ -31,6 +35,19 @@ def pretend_cpu_backend() -> None:
     """vLLM asks Triton for an active driver; the interpreter needs none, so one that says yes will do."""
     driver = SimpleNamespace(is_active=lambda: True)
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[Launches]:
+    """Have the worker profile as CUDA's always does, on a device that few decodes fill; note the kernels."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from vllm_hybrid.attention.triton_kernels import decode
+
+    profiles = mock.patch.object(CPUWorker, "_should_warm_up_model", lambda self: True)
+    # Decodes of unlike numbers are then cut into unlike parts.
+    with noted_launches() as launches, profiles, mock.patch.object(decode, "_PROCESSORS", 2):
+        yield launches
 
 
 def watch_steps() -> list[dict[str, Any]]:
@@ -128,10 +145,18 @@ def _kv_caches(runner: Any) -> list[torch.Tensor]:
 
 
 def answer(work: dict[str, Any]) -> dict[str, Any]:
-    """Greedy answers with log-probabilities, the name of the runner that gave them, and its steps."""
+    """Greedy answers with log-probabilities, the name of the runner that gave them, and its steps.
+
+    Of Triton's attention also the kernels that the start compiled, and those that requests still had to.
+    """
+    os.environ["VLLM_HYBRID_ATTENTION"] = work["attention"]
+    with as_on_cuda() if work["attention"] == "triton" else nullcontext(Launches()) as launches:
+        return _answer(work, launches)
+
+
+def _answer(work: dict[str, Any], launches: Launches) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    os.environ["VLLM_HYBRID_ATTENTION"] = work["attention"]
     steps = watch_steps() if work.get("watched") else []
     llm = LLM(
         work["checkpoint"],
@@ -142,9 +167,13 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
         max_model_len=1400,
         # Not all requests fit into the first step, so that a later one prefills next to a decode.
         max_num_batched_tokens=1500,
+        max_num_seqs=8,
         kv_cache_memory_bytes=1 << 26,
         limit_mm_per_prompt={"image": 3},
     )
+    at_start = len(launches.seen)
+    # Those of the start are no request's.
+    steps.clear()
     if "spoiled" in work:
         spoil_a_page(llm, work["spoiled"])
     params = SamplingParams(temperature=0, max_tokens=work["tokens"], logprobs=3, ignore_eos=True)
@@ -157,6 +186,8 @@ def answer(work: dict[str, Any]) -> dict[str, Any]:
         "runner": type(runner).__module__,
         "kv_dtypes": sorted({str(cache.dtype) for cache in _kv_caches(runner)}),
         "steps": steps,
+        "compiled_at_start": list(launches.seen)[:at_start],
+        "compiled_later": launches.since(at_start),
         "answers": [
             {
                 "tokens": list(answer.token_ids),

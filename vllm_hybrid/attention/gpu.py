@@ -54,6 +54,7 @@ class GpuAttention(AttentionOps[KeyLists, GpuPlan]):
     """
 
     flags_foreign_pages = True
+    compiles_on_launch = True
     device_tower = GpuTower()
 
     def __init__(self, dense: DenseAttention = causal_attention) -> None:

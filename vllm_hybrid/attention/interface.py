@@ -233,6 +233,9 @@ class AttentionOps(ABC, Generic[KeyIndexT, PlanT]):
     flags_foreign_pages: ClassVar[bool] = False
     """Whether a page of another request is flagged; otherwise building the index raises."""
 
+    compiles_on_launch: ClassVar[bool] = False
+    """Whether kernels are compiled when they are first launched, so that somebody waits for it."""
+
     device_tower: ClassVar[DeviceTower | None] = None
     """The tower's operations where a read of lengths would wait for a device; None where lengths are free."""
 

@@ -17,3 +17,8 @@ class HybridCUDAWorker(StepReports, Worker):
         graphs = self.model_runner.get_model().tower_graphs
         if graphs is not None:
             self.model_runner.model_state.encoder_runner.cudagraph_manager = graphs
+
+    def _maybe_activate_jit_monitor(self) -> None:
+        """From here on vLLM reports whatever is compiled, and ends where it is told to."""
+        self._warm_up()
+        super()._maybe_activate_jit_monitor()

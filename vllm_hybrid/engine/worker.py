@@ -1,6 +1,6 @@
 """What workers also do in a step: tell the model images' levels, the scheduler live tokens and lost pages.
 
-Page facts are copied with the blocks they belong to.
+Page facts are copied with the blocks they belong to. Before the first step every kernel is compiled.
 
 Every platform loads this file, so it imports no platform's worker; `cpu_worker` and `cuda_worker` bind it.
 """
@@ -17,6 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunnerOutput
 
 from vllm_hybrid.engine.scheduler import FOREIGN_PAGES, LIVE_COUNTS
+from vllm_hybrid.engine.warm_up import warm_up
 from vllm_hybrid.frontend.picture_levels import tell_level
 from vllm_hybrid.levels import Levels
 from vllm_hybrid.startup.settings import hybrid_config
@@ -94,10 +95,26 @@ class StepReports:
 
     model_runner: Any
     _report: StepReport
+    _warmed_up = False
 
     @cached_property
     def _levels(self) -> Levels:
         return hybrid_config(self.model_runner.vllm_config.model_config.hf_config).levels
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        self._warm_up()
+        return times
+
+    def _warm_up(self) -> None:
+        """Have every kernel compiled, unless that is done."""
+        if self._warmed_up:
+            return
+        self._warmed_up = True
+        hybrid = hybrid_config(self.model_runner.vllm_config.model_config.hf_config)
+        model = self.model_runner.get_model()
+        if hybrid.active and model.language_model.model.attention_ops.compiles_on_launch:
+            warm_up(self, hybrid.levels, model.patches)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         for request in scheduler_output.scheduled_new_reqs:

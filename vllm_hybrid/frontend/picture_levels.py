@@ -86,7 +86,12 @@ def choose_levels(request: EngineCoreRequest, prompt: Any, levels: Levels) -> No
             level = level_said(levels.of_detail, detail, DETAIL)
         else:
             level = level_said(levels.asked, asked, REQUEST_LEVEL)
-        feature.identifier = f"{feature.identifier}{_MARK}{level.name}"
+        feature.identifier = identifier_at(feature.identifier, level)
+
+
+def identifier_at(identifier: str, level: Level) -> str:
+    """The identifier of a picture at a level."""
+    return f"{identifier}{_MARK}{level.name}"
 
 
 def level_of(identifier: str, levels: Levels) -> Level:

@@ -1,16 +1,17 @@
-"""The kernels of a scene, each as the attention layer calls it, and what they cost and take."""
+"""The kernels of a scene, each as the attention layer or the tower calls it, and what they cost and take."""
 
 from __future__ import annotations
 
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.kernels.scenes import KV_ROWS_PER_BLOCK, Scene
+from benchmarks.gpu.kernels.tower_scenes import TowerScene
 
 Call = Callable[[], Any]
 
@@ -92,6 +93,52 @@ def kernel_calls(scene: Scene) -> dict[str, Call]:
         "segments": lambda: segment_mean(copies, queries.by_row, queries.row_start, out),
         "importance": lambda: importance(query, kv_rows, keys, queries, ranking, cos_sin_cache, scale),
     }
+
+
+def tower_calls(scene: TowerScene) -> dict[str, Call]:
+    """A call for each kernel of a layer of the tower.
+
+    Args:
+        scene: of :meth:`TowerScene.to`, with one merge.
+
+    """
+    from vllm_hybrid.attention.gpu_tower import GpuTower
+    from vllm_hybrid.attention.triton_kernels.tower_merge import join_rows, plan_merge
+
+    tower, tokens, (layer,) = GpuTower(), scene.tokens(), scene.layers
+    query, key, value = layer.heads(scene.shape.heads.head_size)
+    metric, rows = tower.metric(key), scene.shape.rows[1]
+    deciding = (metric, layer.threshold, tokens.starts, tokens.bounds[1], tokens.index[0], rows)
+    plan, total = plan_merge(*deciding), tokens.bounds[1, scene.shape.images :]
+    return {
+        "tower_attention": lambda: tower.attend(query, key, value, tokens, scene.scale),
+        "metric": lambda: tower.metric(key),
+        "match and plan": lambda: plan_merge(*deciding),
+        "join": lambda: join_rows(tokens.hidden, layer.added, tokens.size, plan, total),
+    }
+
+
+def owners_call(lengths: Sequence[Sequence[int]], patches: int, device: str) -> Call:
+    """A call of what follows the tokens' numbers through all merges, which are random numbers here.
+
+    Args:
+        lengths: tokens of every image before the first layer and behind each.
+        patches: patches of an image.
+        device: where.
+
+    """
+    from vllm_hybrid.attention.triton_kernels.tower_merge import owners
+
+    images, rows = len(lengths[0]), sum(lengths[0])
+    bounds = torch.zeros(len(lengths), images + 3, dtype=torch.int32)
+    index = torch.zeros(len(lengths) - 1, rows, dtype=torch.int32)
+    for stage, own in enumerate(lengths):
+        bounds[stage, 1 : images + 1] = torch.tensor(own).cumsum(0)
+    for numbers, before, after in zip(index, lengths, lengths[1:], strict=False):
+        one_image = [torch.randint(left, (length,)) for length, left in zip(before, after, strict=True)]
+        numbers[: sum(before)] = torch.cat(one_image)
+    bounds, index = bounds.to(device), index.to(device)
+    return lambda: owners(bounds, index, images, patches)
 
 
 def median_seconds(call: Call, cuda: bool, repeats: int) -> float:

@@ -5,13 +5,14 @@
     python benchmarks/gpu/kernels/run.py --tiny --out kernels.json   # toy shape, Triton's interpreter on CPU
     python benchmarks/gpu/kernels/run.py --floors                    # the floors alone: nothing is run
 
-A scene is a batch of requests with one image each. The kernels' results are compared with the plain torch
-implementation on the CPU in float32, on memory that held no numbers before, and with those of a second run;
-compute-sanitizer watches small scenes where it is installed. Kernels are timed whatever the check says, with
-CUDA events, caches flushed in between. The floor of a kernel is the longer of two times: the fewest bytes it
-must move (every stored row read once, however many positions it stands at) over the bandwidth, and its
-operations over the peak. A result that is wrong is in the table and does not end the run: the exit status is
-1 only where the run broke.
+A scene is a batch of requests with one image each, or images in layers of the vision tower. The kernels'
+results are compared with the plain torch implementation on the CPU in float32, on memory that held no numbers
+before, and with those of a second run; compute-sanitizer watches small scenes where it is installed. Kernels
+are timed whatever the check says, with CUDA events, caches flushed in between. The floor of a kernel is the
+longer of two times: the fewest bytes it must move (every stored row read once, however many positions it
+stands at) over the bandwidth, and its operations over the peak, which is that of ordinary cores where the
+tower's merge computes in float32. A result that is wrong is in the table and does not end the run: the exit
+status is 1 only where the run broke.
 """
 
 from __future__ import annotations
@@ -34,13 +35,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch  # noqa: E402
 
-from benchmarks.gpu.kernels.calls import ceilings, kernel_calls, median_seconds  # noqa: E402
-from benchmarks.gpu.kernels.checks import check  # noqa: E402
-from benchmarks.gpu.kernels.floors import floor_table, floors  # noqa: E402
-from benchmarks.gpu.kernels.plan import BF16, SANITIZED, SEVEN_B, checked_scenes, timed_scenes  # noqa: E402
+from benchmarks.gpu.kernels.calls import (  # noqa: E402
+    ceilings,
+    kernel_calls,
+    median_seconds,
+    owners_call,
+    tower_calls,
+)
+from benchmarks.gpu.kernels.checks import check, check_tower  # noqa: E402
+from benchmarks.gpu.kernels.floors import (  # noqa: E402
+    floor_table,
+    floors,
+    owners_floor,
+    tower_floor_table,
+    tower_floors,
+)
+from benchmarks.gpu.kernels.plan import (  # noqa: E402
+    BF16,
+    SANITIZED,
+    SANITIZED_TOWERS,
+    SEVEN_B,
+    Checked,
+    CheckedTower,
+    checked_scenes,
+    checked_towers,
+    timed_scenes,
+    timed_towers,
+)
 from benchmarks.gpu.kernels.sanitizer import TOOLS, program, sanitize  # noqa: E402
 from benchmarks.gpu.kernels.scenes import make_scene  # noqa: E402
 from benchmarks.gpu.kernels.tables import table, verdicts  # noqa: E402
+from benchmarks.gpu.kernels.tower_scenes import make_tower_scene  # noqa: E402
 from benchmarks.gpu.prediction.cost_model import Gpu  # noqa: E402
 from benchmarks.gpu.running.answering import Answers  # noqa: E402
 from benchmarks.gpu.running.cases import (  # noqa: E402
@@ -69,19 +94,43 @@ def run_case(key: str, seed: int, tiny: bool, repeats: int) -> dict[str, Any]:
     if name == "ceilings":
         return ceilings()
     if kind + ": " == CHECK:
+        return check_scene(name, seed, tiny, device)
+    return {"kernels": time_scene(name, seed, tiny, repeats, device)}
+
+
+def check_scene(name: str, seed: int, tiny: bool, device: str) -> dict[str, Any]:
+    """What a scene of attention or of the tower amounts to."""
+    scene: Checked | CheckedTower
+    if name in (towers := checked_towers(tiny)):
+        scene = towers[name]
+        found = check_tower(scene.shape, seed, device, scene.dtype)
+    else:
         scene = checked_scenes(tiny)[name]
         found = check(scene.shape, seed, device, scene.dtype, scene.bytes_before)
-        return found | {"dtype": str(scene.dtype).removeprefix("torch."), "shape": asdict(scene.shape)}
-    shape = timed_scenes(tiny)[name]
-    scene_calls = kernel_calls(make_scene(shape, seed, device, torch.float32 if tiny else BF16))
-    least = floors(shape.requests, shape.live, shape.patches, shape.text, shape.heads, shape.decodes)
+    return found | {"dtype": str(scene.dtype).removeprefix("torch."), "shape": asdict(scene.shape)}
+
+
+def time_scene(name: str, seed: int, tiny: bool, repeats: int, device: str) -> list[dict[str, Any]]:
+    """Times and floors of the kernels of a scene, a row each."""
+    dtype = torch.float32 if tiny else BF16
+    if name in (towers := timed_towers(tiny)):
+        layer = towers[name]
+        scene_calls = tower_calls(make_tower_scene(layer.shape, seed, dtype).to(device, dtype))
+        least = tower_floors(layer.shape)
+        if layer.layer == layer.layers:
+            scene_calls["owners"] = owners_call(layer.lengths, layer.patches, device)
+            least["owners"] = owners_floor(layer.lengths, layer.patches)
+        facts = {"requests": layer.images, "live": layer.tokens, "decodes": False}
+    else:
+        shape = timed_scenes(tiny)[name]
+        scene_calls = kernel_calls(make_scene(shape, seed, device, dtype))
+        least = floors(shape.requests, shape.live, shape.patches, shape.text, shape.heads, shape.decodes)
+        facts = {"requests": shape.requests, "live": shape.live, "decodes": shape.decodes}
     gpu = Gpu()
-    rows = [
+    return [
         {
             "kernel": kernel,
-            "requests": shape.requests,
-            "live": shape.live,
-            "decodes": shape.decodes,
+            **facts,
             "seconds": median_seconds(call, not tiny, repeats),
             "floor_s": least[kernel].seconds(gpu),
             "floor_bytes": least[kernel].bytes,
@@ -90,12 +139,13 @@ def run_case(key: str, seed: int, tiny: bool, repeats: int) -> dict[str, Any]:
         }
         for kernel, call in scene_calls.items()
     ]
-    return {"kernels": rows}
 
 
 def run_sanitized(seed: int) -> None:
     """The scenes that a sanitizer watches; one line says what their check found."""
-    agrees = [check(shape, seed, "cuda", torch.float32, poisoned=False)["agrees"] for shape in SANITIZED]
+    fixed = (seed, "cuda", torch.float32)
+    agrees = [check(shape, *fixed, poisoned=False)["agrees"] for shape in SANITIZED]
+    agrees += [check_tower(shape, *fixed, poisoned=False)["agrees"] for shape in SANITIZED_TOWERS]
     torch.cuda.synchronize()
     Answers().tell({"scenes": len(agrees), "scenes_agree": all(all(found.values()) for found in agrees)})
 
@@ -104,10 +154,10 @@ def planned(args: argparse.Namespace) -> list[Case]:
     """The cases asked for that the scenes' process runs, in order."""
     keys = []
     if not args.time_only:
-        keys += [CHECK + name for name in checked_scenes(args.tiny)]
+        keys += [CHECK + name for name in (*checked_scenes(args.tiny), *checked_towers(args.tiny))]
     if not args.check_only:
         keys += [] if args.tiny else [TIME + "ceilings"]
-        keys += [TIME + name for name in timed_scenes(args.tiny)]
+        keys += [TIME + name for name in (*timed_scenes(args.tiny), *timed_towers(args.tiny))]
     return [Case(key, CASE_S, UNLIMITED_S if args.tiny else MOST_S) for key in keys]
 
 
@@ -165,6 +215,7 @@ def main() -> int:
     deadline = time.time() + 60 * args.minutes
     if args.floors:
         print(floor_table(1, 90, 576, 60, SEVEN_B))
+        print(f"\n{tower_floor_table(timed_towers(tiny=False).values())}")
         return 0
     if args.sanitized is not None:
         run_sanitized(args.sanitized)

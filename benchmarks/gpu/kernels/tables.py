@@ -35,7 +35,7 @@ def times_table(cells: dict[str, Any]) -> str:
         return "\n".join(lines)
     lines += [
         *([""] if lines else []),
-        "| kernel | requests | live | time, us | floor, us | times floor |",
+        "| kernel | requests, images | live tokens of each | time, us | floor, us | times floor |",
         "|---|---|---|--:|--:|--:|",
     ]
     for row in rows:

@@ -265,7 +265,8 @@ def decode(
     if query_rows is None:
         splits = split_count(requests * blocks, rows.position.shape[1], _processors(query.device))
     parts = (requests, heads, splits) if splits > 1 else (0, heads, 1)
-    part_m, part_l = torch.empty(2, *parts, dtype=torch.float32, device=query.device)
+    # Each by itself: where it lies in another is no reason to compile again.
+    part_m, part_l = (torch.empty(parts, dtype=torch.float32, device=query.device) for _ in range(2))
     part_acc = torch.empty(*parts, size, dtype=torch.float32, device=query.device)
     half_pad = max(16, triton.next_power_of_2(size // 2))
     listed = query_rows is not None

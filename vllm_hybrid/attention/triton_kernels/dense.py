@@ -34,7 +34,8 @@ _KEYS = 32
 _LOG2_E = math.log2(math.e)
 
 
-@triton.jit
+# Which of a step's requests are first in a group is no reason to compile again.
+@triton.jit(do_not_specialize_on_alignment=["query_start", "key_start"])
 def _dense(
     query, key, value, query_start, key_start, out, scale, query_stride, query_head_stride, key_stride,
     key_head_stride, value_stride, value_head_stride, out_stride, out_head_stride,

@@ -82,7 +82,7 @@ def _cosines(metric, a, real_a, b, real_b, SIZE: tl.constexpr, STEP: tl.constexp
     return product / tl.maximum(tl.sqrt(square_b), 1e-12)[None, :]
 
 
-@triton.jit(do_not_specialize=["stretches"], do_not_specialize_on_alignment=["starts"])
+@triton.jit(do_not_specialize=["stretches"], do_not_specialize_on_alignment=["starts", "threshold"])
 def _match(
     metric, starts, threshold, into, merging, stretches,
     SIZE: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, OTHERS: tl.constexpr,

@@ -1,4 +1,4 @@
-"""Graphs of the tower in vLLM's hands: who captures them, and what is asked of them."""
+"""What the CUDA worker has done at the right time: graphs of the tower captured, kernels compiled."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_hybrid.attention.gpu import GpuAttention
 from vllm_hybrid.engine.cuda_worker import HybridCUDAWorker
 from vllm_hybrid.method.device_tokens import DeviceTokens
 from vllm_hybrid.models.llava import _captures_tower
@@ -87,6 +88,26 @@ def test_the_worker_has_vllm_s_encoder_runner_capture_them(
     monkeypatch.setattr(Worker, "load_model", lambda self: setattr(self, "model_runner", runner))
     object.__new__(HybridCUDAWorker).load_model()
     assert encoder_runner.cudagraph_manager is made
+
+
+def test_kernels_are_compiled_before_vllm_reports_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(Worker, "_maybe_activate_jit_monitor", lambda self: done.append("reports"))
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: self._maybe_activate_jit_monitor())
+    monkeypatch.setattr("vllm_hybrid.engine.worker.warm_up", lambda *_: done.append("compiles"))
+    worker = object.__new__(HybridCUDAWorker)
+    active = SimpleNamespace(active=True, levels=())
+    monkeypatch.setattr("vllm_hybrid.engine.worker.hybrid_config", lambda hf_config: active)
+    model = SimpleNamespace(
+        patches=4,
+        language_model=SimpleNamespace(model=SimpleNamespace(attention_ops=GpuAttention)),
+    )
+    worker.model_runner = SimpleNamespace(
+        vllm_config=SimpleNamespace(model_config=SimpleNamespace(hf_config=None)),
+        get_model=lambda: model,
+    )
+    worker.compile_or_warm_up_model()
+    assert done == ["compiles", "reports"]
 
 
 @pytest.mark.parametrize(
