@@ -8,7 +8,6 @@ launch. Their pages are blocks that nobody has yet, like those of a request that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,23 +45,21 @@ def warm_up(worker: Any, levels: Levels, patches: int) -> None:
     several = steps.most_requests > 1
     text = steps.text_request()
     steps.run(text)
-    for level in _one_of_each_kind(levels) if steps.holds_picture(patches) else ():
-        picture = steps.picture_request(patches, level)
+    if steps.holds_picture(patches):
+        picture = steps.picture_request(patches, _level_of_most_kernels(levels))
         if several:
             steps.run(text, picture)
         else:
             steps.finish()
             steps.run(picture)
         steps.run(picture)
-        steps.finish(picture)
     steps.finish()
     steps.run_decodes()
 
 
-def _one_of_each_kind(levels: Levels) -> Iterator[Level]:
-    """A level that drops tokens and one that drops none, as far as there are such."""
-    for prunes in (True, False):
-        yield from [level for level in levels if level.prunes == prunes][:1]
+def _level_of_most_kernels(levels: Levels) -> Level:
+    """A level that drops tokens, if there is one: it launches what others do, and ranks tokens."""
+    return next((level for level in levels if level.prunes), levels.default)
 
 
 @dataclass
