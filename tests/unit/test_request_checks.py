@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import mm_input
@@ -161,6 +163,41 @@ def test_anything_else_is_refused(wrong: MultiModalFeatureSpec, sentence: str) -
     with pytest.raises(VLLMValidationError, match=sentence) as refused:
         request_checks.check_features([right, wrong], IMAGE, LENGTH)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("number", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_not_finite_is_found_anywhere(dtype: torch.dtype, number: float) -> None:
+    image = dataclasses.replace(IMAGE, dtype=dtype)
+    largest = torch.finfo(dtype).max
+    for place in (0, 1, 5_000, 98 * 98 * 3 - 1):
+        pixels = torch.randn(3, 98, 98, dtype=dtype)
+        pixels.view(-1)[[3, 4]] = torch.tensor([largest, -largest], dtype=dtype)
+        assert image.pixels(pixels) is pixels
+        pixels.view(-1)[place] = number
+        with pytest.raises(VLLMValidationError, match="not finite"):
+            image.pixels(pixels)
+
+
+class Made(TorchDispatchMode):
+    """Notes how many numbers torch's operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.numbers += [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        return result
+
+
+def test_a_picture_is_looked_at_without_another_one_of_its_size() -> None:
+    """Every request pays for it, in the thread that serves all of them."""
+    with Made() as made:
+        IMAGE.pixels(torch.zeros(3, 98, 98, dtype=IMAGE.dtype))
+    # The picture itself comes first.
+    assert made.numbers[0] == 3 * 98 * 98 and made.numbers[1:] and max(made.numbers[1:]) == 1
 
 
 # --------------------------------------------------------------------------------------------------
