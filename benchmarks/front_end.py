@@ -90,7 +90,12 @@ KINDS: Mapping[str, Kind] = {
 REPORTS = {
     "front-end": ("stock", "hybrid", "stock-2", "hybrid-2"),
     "front-end-options": (
-        *("hybrid", "hybrid-pil", "hybrid-shm", "hybrid-uncached", "hybrid-threads", "hybrid-renderers"),
+        "hybrid",
+        "hybrid-pil",
+        "hybrid-shm",
+        "hybrid-uncached",
+        "hybrid-threads",
+        "hybrid-renderers",
     ),
 }
 OPTIONS = (
