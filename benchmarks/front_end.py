@@ -328,7 +328,8 @@ def summary(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def processes(api_ms: float, rate: int) -> int:
     """API servers for a rate of requests/s, each filled to FILLED of a core."""
-    return max(1, math.ceil(rate * api_ms / 1e3 / FILLED))
+    # Rounded, so that what fills a whole number of them in decimal numbers takes no further one.
+    return max(1, math.ceil(round(rate * api_ms / 1e3 / FILLED, 6)))
 
 
 def _spread(figure: Mapping[str, float], digits: int) -> str:

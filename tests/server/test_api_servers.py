@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
+from itertools import islice
 from typing import Any
 
 import psutil
@@ -113,7 +114,7 @@ def decided() -> dict[str, list[int]]:
         return margins and reference.merge_margin(picture) > MERGE_MARGIN
 
     found = {
-        level: [i for i, image in enumerate(images(8)) if is_decided(AtLevel(image, level))][:2]
+        level: list(islice((i for i, image in enumerate(images(8)) if is_decided(AtLevel(image, level))), 2))
         for level in LEVELS
     }
     assert all(found.values())
