@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import mm_input
@@ -161,6 +163,50 @@ def test_anything_else_is_refused(wrong: MultiModalFeatureSpec, sentence: str) -
     with pytest.raises(VLLMValidationError, match=sentence) as refused:
         request_checks.check_features([right, wrong], IMAGE, LENGTH)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("number", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_not_finite_is_found_anywhere(dtype: torch.dtype, number: float) -> None:
+    image = dataclasses.replace(IMAGE, dtype=dtype)
+    largest = torch.finfo(dtype).max
+    for place in (0, 1, 5_000, 98 * 98 * 3 - 1):
+        pixels = torch.randn(3, 98, 98, dtype=dtype)
+        pixels.view(-1)[[3, 4]] = torch.tensor([largest, -largest], dtype=dtype)
+        assert image.pixels(pixels) is pixels
+        pixels.view(-1)[place] = number
+        with pytest.raises(VLLMValidationError, match="not finite"):
+            image.pixels(pixels)
+
+
+class Made(TorchDispatchMode):
+    """Notes how many numbers torch's operations make, and with how many threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: list[int] = []
+        self.threads: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numbers += made
+        self.threads |= {torch.get_num_threads()} if made else set()
+        return result
+
+
+def test_a_picture_is_looked_at_by_one_thread_and_without_another_one_of_its_size() -> None:
+    """Every request pays for it, in the thread that serves all of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    pixels = torch.zeros(3, 98, 98, dtype=IMAGE.dtype)
+    try:
+        with Made() as made:
+            IMAGE.pixels(pixels)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert made.threads == {1} and set(made.numbers) == {1}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -246,6 +246,40 @@ def test_an_override_changes_the_keys_that_it_names(
         assert hybrid.levels.default == default
         assert hybrid.fastv_layer == layer
         assert (config.scheduler_config.scheduler_cls is None) == (override is None)
+
+
+def test_a_section_is_parsed_once_and_anew_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request asks for it."""
+    parsed: list[Any] = []
+    parse = HybridConfig.parse
+
+    def noting(section: Any, **layers: int) -> HybridConfig:
+        parsed.append(section)
+        return parse(section, **layers)
+
+    monkeypatch.setattr(HybridConfig, "parse", noting)
+    section: dict[str, Any] = {"levels": {"low": {"fastv_ratio": 0.123}}, "fastv_layer": 3}
+    hf_config = SimpleNamespace(
+        hybrid=section,
+        vision_config=SimpleNamespace(num_hidden_layers=4),
+        vision_feature_layer=-2,
+        text_config=SimpleNamespace(num_hidden_layers=8),
+    )
+    first = hybrid_config(cast(Any, hf_config))
+    assert all(hybrid_config(cast(Any, hf_config)) is first for _ in range(3)) and len(parsed) == 1
+    # Inside, as a whole, and what is equal but means something else.
+    section["levels"]["low"]["fastv_ratio"] = 0.25
+    assert hybrid_config(cast(Any, hf_config)).levels.named("low").fastv_ratio == 0.25
+    hf_config.hybrid = {"fastv_ratio": 0.5, "fastv_layer": 1}
+    assert hybrid_config(cast(Any, hf_config)).fastv_layer == 1
+    hf_config.hybrid = {"fastv_ratio": 0.5, "fastv_layer": True}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="hybrid.fastv_layer is True"):
+            hybrid_config(cast(Any, hf_config))
+    # The layers of a model count too.
+    hf_config.hybrid, hf_config.text_config.num_hidden_layers = section, 3
+    with pytest.raises(ValueError, match="hybrid.fastv_layer is 3, but the decoder has 3 layers"):
+        hybrid_config(cast(Any, hf_config))
 
 
 def test_the_line_at_start_names_what_ranks_where_something_is_pruned() -> None:

@@ -7,8 +7,10 @@ switched on.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +40,8 @@ WORKERS = {
 }
 # Ways of loading that read safetensors files where there are any.
 CHECKED_FORMATS = ("auto", "hf", "safetensors")
+# Of each, what it means; a process has one model, or a few one after the other.
+_REMEMBERED_SECTIONS = 16
 GRAPH_MODES = ("default", "NONE", "FULL_DECODE_ONLY")
 RANKED_BY = {
     PROMPT_END: "the prompt's last position",
@@ -58,10 +62,16 @@ def hybrid_config(hf_config: PretrainedConfig) -> HybridConfig:
         ValueError: a key or value is wrong; the message names it.
 
     """
+    section = pickle.dumps(getattr(hf_config, "hybrid", None))
+    return _parsed(section, merging_layers(hf_config), hf_config.text_config.num_hidden_layers)
+
+
+# Every request asks. Kept by what a section says, not by whose it is: configurations can be written to, and
+# have no hash.
+@functools.lru_cache(maxsize=_REMEMBERED_SECTIONS)
+def _parsed(section: bytes, vision_layers: int, decoder_layers: int) -> HybridConfig:
     return HybridConfig.parse(
-        getattr(hf_config, "hybrid", None),
-        vision_layers=merging_layers(hf_config),
-        decoder_layers=hf_config.text_config.num_hidden_layers,
+        pickle.loads(section), vision_layers=vision_layers, decoder_layers=decoder_layers
     )
 
 
