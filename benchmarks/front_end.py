@@ -101,7 +101,7 @@ REPORTS = {
 OPTIONS = (
     *("--served-model-name", NAME, "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "2048"),
     *("--max-num-seqs", "64", "--max-num-batched-tokens", "16384"),
-    *("--kv-cache-memory-bytes", str(256 << 20), "--no-enable-prefix-caching"),
+    *("--kv-cache-memory-bytes", str(256 << 20), "--enable-prefix-caching"),
     # Pictures never come twice; a small cache is full before the first round ends, as a large one some day.
     *("--mm-processor-cache-gb", "0.1", "--distributed-executor-backend", EXECUTOR),
     *("--limit-mm-per-prompt", '{"image": 1}', "--disable-uvicorn-access-log"),

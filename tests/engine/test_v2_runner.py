@@ -23,7 +23,7 @@ from tests.support.tiny_checkpoints import (
 )
 
 pytestmark = pytest.mark.engine
-TOKENS = 8
+TOKENS = 5
 # Requests with a text alone and with a full picture, in which no choice depends on rounding.
 FP8 = (2, 4)
 # The request that loses a page, behind those whose answers are compared.

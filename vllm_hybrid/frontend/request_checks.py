@@ -88,7 +88,8 @@ class ImageInput:
             raise _refusal(name, found, f"{name} of an image has shape {found}; this model takes {wanted}")
         # Threads that wait for each other would cost more than all the rest of a request's checks.
         with set_default_torch_num_threads(1):
-            converted = given.to(self.dtype)
+            # Also where nothing is to be done, torch lets go of the interpreter's lock, and waits for it.
+            converted = given if given.dtype is self.dtype else given.to(self.dtype)
             # In one pass and without a mask as large as the picture; both ends are NaN where any number is.
             ends = torch.aminmax(converted)
         if not all(math.isfinite(end.item()) for end in ends):
