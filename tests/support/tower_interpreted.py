@@ -362,6 +362,7 @@ def captured(tower: Any, image_shape: tuple[int, ...], images: int, tapes: list[
     return encoder
 
 
+@pytest.mark.parametrize("scene", ["levels side by side", "a layer that merges nothing"], indirect=True)
 @torch.inference_mode()
 def test_replays_are_those_of_the_reference_whatever_was_replayed_before(scene: Any) -> None:
     """The graphs hold blank images in which nothing merges; then come batches of several sizes."""
@@ -380,6 +381,7 @@ def test_replays_are_those_of_the_reference_whatever_was_replayed_before(scene: 
     assert encoder.capacity.batches == 0
 
 
+@pytest.mark.parametrize("scene", ["one image"], indirect=True)
 @torch.inference_mode()
 def test_larger_batches_and_dropped_graphs_run_without(scene: Any) -> None:
     tower, rows, thresholds, wanted = scene

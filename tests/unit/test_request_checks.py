@@ -179,34 +179,34 @@ def test_one_number_that_is_not_finite_is_found_anywhere(dtype: torch.dtype, num
             image.pixels(pixels)
 
 
-class Made(TorchDispatchMode):
-    """Notes how many numbers torch's operations make, and with how many threads."""
+class Seen(TorchDispatchMode):
+    """Notes how many numbers torch's operations go through and how many they make; views do neither."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbers: list[int] = []
-        self.threads: set[int] = set()
+        self.gone_through: list[int] = []
+        self.made: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.numbers += made
-        self.threads |= {torch.get_num_threads()} if made else set()
+        given, made = (
+            [leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)] for x in (args, result)
+        )
+        known = {leaf.untyped_storage().data_ptr() for leaf in given}
+        new = [leaf.numel() for leaf in made if leaf.untyped_storage().data_ptr() not in known]
+        self.made += new
+        self.gone_through += [leaf.numel() for leaf in given] if new else []
         return result
 
 
-def test_a_picture_is_looked_at_by_one_thread_and_without_another_one_of_its_size() -> None:
-    """Every request pays for it, in the thread that serves all of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    pixels = torch.zeros(3, 98, 98, dtype=IMAGE.dtype)
-    try:
-        with Made() as made:
-            IMAGE.pixels(pixels)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert made.threads == {1} and set(made.numbers) == {1}
+def test_a_picture_is_looked_at_once_by_the_calling_thread_and_not_copied() -> None:
+    """Every request pays for it, in the thread that serves all of them; torch shares out 32768 numbers."""
+    image = dataclasses.replace(IMAGE, side=336)
+    pixels = torch.zeros(3, 336, 336, dtype=image.dtype)
+    with Seen() as seen:
+        image.pixels(pixels)
+    assert sum(seen.gone_through) == pixels.numel() and max(seen.gone_through) < 32768
+    assert set(seen.made) == {1}
 
 
 # --------------------------------------------------------------------------------------------------
