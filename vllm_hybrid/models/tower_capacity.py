@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 WINDOW = 64
 # Batches of a kind that have to be known before one is guessed: how far pictures differ shows late.
@@ -69,7 +70,7 @@ class TowerCapacity:
             return None
         unmerged = len(kinds) * length
         wanted = sum(_wanted(self._seen[kind], images) for kind, images in Counter(kinds).items())
-        return np.minimum.accumulate(_with_slack(wanted, unmerged)).tolist()
+        return grant(wanted, unmerged)
 
     def learn(self, kinds: Sequence[Hashable], lengths: Sequence[Sequence[int]]) -> None:
         """Take in what a batch needed.
@@ -114,13 +115,23 @@ def row_buckets(images: int, length: int, layers: int) -> list[list[int]]:
     """
     unmerged = images * length
     done = np.arange(1, layers + 1) / layers
-    return [_with_slack(np.ceil(unmerged * (1 - (1 - left) * done)), unmerged).tolist() for left in BUCKETS]
+    return [grant(np.ceil(unmerged * (1 - (1 - left) * done)), unmerged) for left in BUCKETS]
 
 
-def _with_slack(tokens: np.ndarray | int, unmerged: int) -> np.ndarray:
-    """Rows for so many tokens, a little more and rounded up, of a batch that has so many unmerged."""
+def grant(tokens: ArrayLike, unmerged: int) -> list[int]:
+    """Rows after each layer for the tokens that are expected there: a little more, rounded up.
+
+    Args:
+        tokens: of all images of a batch, after each layer.
+        unmerged: tokens of the batch before the first.
+
+    Returns:
+        Never more than ``unmerged``, nor than a layer before.
+
+    """
     step = -(-unmerged // STEPS)
-    return np.minimum(np.ceil(tokens * SLACK / step).astype(int) * step, unmerged)
+    rows = np.ceil(np.asarray(tokens) * SLACK / step).astype(int) * step
+    return np.minimum.accumulate(np.minimum(rows, unmerged)).tolist()
 
 
 def _wanted(seen: Sequence[_Batch], images: int) -> np.ndarray:

@@ -112,7 +112,7 @@ class TowerGraphs:
         tower: Tower,
         make_inputs: Callable[[int], TowerInputs],
         buckets: Callable[[int], Sequence[Sequence[int]]],
-        images: int = DEFAULT_IMAGES,
+        images: int,
         record: Record = record_graph,
     ) -> None:
         self.images = images

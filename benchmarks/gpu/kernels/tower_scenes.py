@@ -19,7 +19,7 @@ from vllm_hybrid.attention.interface import DeviceTower
 from vllm_hybrid.attention.reference import ReferenceAttention
 from vllm_hybrid.method.device_tokens import DeviceTokens, Lengths
 from vllm_hybrid.method.token_merging import PackedTokens, merge
-from vllm_hybrid.models.tower_capacity import SLACK, STEPS
+from vllm_hybrid.models.tower_capacity import grant
 from vllm_hybrid.tools.calibrate import live_schedule
 
 # Two cosines that decide something are at least this far apart; float32 has them to some 1e-7.
@@ -359,8 +359,4 @@ def tower_lengths(images: int, live: int, patches: int, layers: int) -> list[lis
 def granted_rows(lengths: list[list[int]]) -> list[int]:
     """Rows that the tower grants each stage once it knows pictures that left as many tokens."""
     unmerged = sum(lengths[0])
-    step = -(-unmerged // STEPS)
-    rows = [unmerged]
-    for stage in lengths[1:]:
-        rows.append(min(rows[-1], math.ceil(sum(stage) * SLACK / step) * step))
-    return rows
+    return [unmerged, *grant([sum(stage) for stage in lengths[1:]], unmerged)]
