@@ -13,7 +13,6 @@ from tests.support.fresh_process import answers_of
 from tests.support.kernel_builds import launched_kernels
 from tests.support.reference import AtLevel, Reference
 from tests.support.tiny_checkpoints import (
-    PATCHES,
     conversation,
     decided_images,
     make_images,
@@ -24,6 +23,8 @@ from tests.support.tiny_checkpoints import (
 
 pytestmark = pytest.mark.engine
 TOKENS = 5
+# Of a quarter of LLaVA-1.5's patches, since Triton's interpreter is slow.
+IMAGE_SIZE = 168
 # Requests with a text alone and with a full picture, in which no choice depends on rounding.
 FP8 = (2, 4)
 # The request that loses a page, behind those whose answers are compared.
@@ -52,8 +53,10 @@ class Cases:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     folder = tmp_path_factory.mktemp("v2")
-    # Small, since Triton's interpreter is slow; two query heads still share one key head.
-    checkpoint = write_checkpoint(folder / "checkpoint", seed=3, layers=4, heads=2, kv_heads=1)
+    # Small for the same reason; two query heads still share one key head.
+    checkpoint = write_checkpoint(
+        folder / "checkpoint", seed=3, layers=4, heads=2, kv_heads=1, image_size=IMAGE_SIZE
+    )
     thresholds = pick_thresholds(checkpoint, list(make_images().values()), [0.5, 0.5, 0.5])
     header = Reference(checkpoint, {}).tokenizer("ASSISTANT:")["input_ids"][1:]
     hybrid = {
@@ -195,7 +198,9 @@ def test_later_prompts_find_their_images_in_the_prefix_cache(
     """With answers that are compared with the reference above."""
     later = answers[attention]["answers"][-len(cases.later) :]
     found = [answer["found"] for answer in later]
-    assert all(n > len(images) * PATCHES for (images, _), n in zip(cases.later, found, strict=True))
+    assert all(
+        n > len(images) * cases.reference.patches for (images, _), n in zip(cases.later, found, strict=True)
+    )
     assert any(n % 48 for n in found)
 
 

@@ -2,6 +2,7 @@
 
     python -m tests.support.kernel_builds            # a table of Markdown, as in docs/kernels.md
     python -m tests.support.kernel_builds --json     # one object per compiled variant
+    python -m tests.support.kernel_builds --brief    # float16 for one architecture alone
     python -m tests.support.kernel_builds --loops decode     # instructions in the loops of a kernel
 
 The functions that the attention layer calls run as they are, on small CPU tensors with the heads of a real
@@ -23,7 +24,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from vllm_hybrid.method.row_plan import plan_text_rows
 KERNELS = ROOT / "vllm_hybrid" / "attention" / "triton_kernels"
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16)
+# The second one changes next to nothing: a register or two.
+BRIEF = {architecture: DTYPES if architecture == 90 else DTYPES[:1] for architecture in ARCHITECTURES}
 # Pages in FP8, with queries in the first dtype, where hardware converts them.
 FP8, FP8_ARCHITECTURES = torch.float8_e4m3fn, (90, 100, 120)
 PATCHES = 576
@@ -286,17 +289,26 @@ def _described(name: str, kernel: Any, said: str, architecture: int, heads: Head
     )
 
 
-def build(architecture: int) -> list[Build]:
-    """Compile all variants for an architecture, each once; shapes that share one name the first."""
+def build(architecture: int, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Build]:
+    """Compile all variants for an architecture, each once; shapes that share one name the first.
+
+    Args:
+        architecture: compute capability, times 10.
+        dtypes: of queries, and of pages that are not in FP8.
+
+    Returns:
+        What each variant needs.
+
+    """
     found = []
     with compiling(architecture) as built:
         for heads in SHAPES:
-            for dtype in (*DTYPES, *([FP8] if architecture in FP8_ARCHITECTURES else [])):
+            for dtype in (*dtypes, *([FP8] if architecture in FP8_ARCHITECTURES else [])):
                 for requests, tokens in STEPS:
                     attend(heads, dtype, requests, tokens)
                 found += [_described(*one, architecture, heads, dtype) for one in built]
                 built.clear()
-        for dtype in DTYPES:
+        for dtype in dtypes:
             encode(TOWER, dtype)
             found += [_described(*one, architecture, TOWER, dtype) for one in built]
             built.clear()
@@ -355,6 +367,7 @@ def table(builds: list[Build]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--brief", action="store_true")
     parser.add_argument("--loops", metavar="KERNEL")
     parser.add_argument("--sm", type=int, choices=ARCHITECTURES, action="append")
     args = parser.parse_args()
@@ -366,7 +379,8 @@ def main() -> None:
             for architecture in args.sm or ARCHITECTURES:
                 print_loops(args.loops, architecture)
             return
-        builds = [one for architecture in args.sm or ARCHITECTURES for one in build(architecture)]
+        wanted = BRIEF if args.brief else dict.fromkeys(ARCHITECTURES, DTYPES)
+        builds = [one for sm in args.sm or ARCHITECTURES for one in build(sm, wanted[sm])]
     print(json.dumps([asdict(one) for one in builds]) if args.json else table(builds))
 
 

@@ -31,7 +31,7 @@ from tests.support import kernel_memory  # noqa: E402
 from tests.support.attention_world import PATCHES, World  # noqa: E402
 from tests.support.compiled_kernels import noted_launches  # noqa: E402
 from tests.support.step_trace import trace_step  # noqa: E402
-from tests.support.triton_interpreter import patch_once_a_launch  # noqa: E402
+from tests.support.triton_interpreter import spare_repeated_work  # noqa: E402
 from tests.support.vllm_contract import resolve  # noqa: E402
 from vllm_hybrid.attention import gpu, interface, prefill  # noqa: E402
 from vllm_hybrid.attention.dense import flash_attention  # noqa: E402
@@ -51,7 +51,7 @@ from vllm_hybrid.kv import page_facts  # noqa: E402
 from vllm_hybrid.method import row_plan  # noqa: E402
 from vllm_hybrid.models.step import Step, TierPages, store_facts_and_plan  # noqa: E402
 
-patch_once_a_launch()
+spare_repeated_work()
 GPU = gpu.GpuAttention()
 
 SHAPES = shared.SHAPES | {"odd head": (4, 1, 80, 3), "groups of three": (3, 1, 32, 6)}
@@ -433,8 +433,9 @@ def test_dense_attention(heads: int, kv_heads: int, size: int, dtype: torch.dtyp
     query_start, key_start = (torch.tensor(x, dtype=torch.int32) for x in (queries_at, keys_at))
     causal_attention(query, key, value, query_start, key_start, max(queries), max(keys), 0.2, out)
     wanted = dense_reference(query, key, value, queries_at, keys_at, 0.2)
-    close = 2e-6 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(out.float(), wanted, atol=close, rtol=close)
+    # Scores of ten and more are rounded in their last bit, and the weights they give by as much as that.
+    close = {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(out.float(), wanted, **close)
 
 
 @pytest.mark.parametrize("most", [1, PATCHES + 12, 2 * PATCHES])

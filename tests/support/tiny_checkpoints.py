@@ -2,7 +2,8 @@
 
 The weights are random but scaled so that a test sees something: attention is peaky, the answer depends on the
 image, similar patches have similar keys, and removing or merging image tokens moves log probabilities by far
-more than rounding does. Image size, patch size and token count are LLaVA-1.5's own: 336, 14, 576.
+more than rounding does. Image size, patch size and token count are LLaVA-1.5's own (336, 14, 576) unless
+another size is asked for.
 """
 
 import json
@@ -86,6 +87,7 @@ class Shape:
     vision_hidden: int = 64
     vision_heads: int = 2
     vision_intermediate: int = 128
+    image_size: int = IMAGE_SIZE
 
     def llava(self, vocabulary: int) -> LlavaShape:
         """All sizes, with those that every tiny checkpoint has."""
@@ -102,9 +104,14 @@ class Shape:
             vision_inside=self.vision_intermediate,
             vision_layers=self.vision_layers,
             vision_heads=self.vision_heads,
-            image_size=IMAGE_SIZE,
+            image_size=self.image_size,
             patch_size=PATCH_SIZE,
         )
+
+    @property
+    def side(self) -> int:
+        """Patches along an edge of an image."""
+        return self.image_size // PATCH_SIZE
 
     @property
     def tower_layers(self) -> int:
@@ -135,7 +142,7 @@ def write_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     _write_tokenizer(path, tokenizer)
-    write_processor(path, IMAGE_SIZE, PATCH_SIZE)
+    write_processor(path, sizes.image_size, PATCH_SIZE)
     image_token = tokenizer.get_vocab()["<image>"]
     vocabulary = 64 * math.ceil(tokenizer.get_vocab_size() / 64)
     special_ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": image_token + 1}
@@ -221,7 +228,7 @@ def _add_tower(weights: _Weights, sizes: Shape) -> None:
     inputs = 3 * PATCH_SIZE**2
     kernel = weights.normal(width, 3, PATCH_SIZE, PATCH_SIZE) / math.sqrt(inputs)
     weights["tower.embeddings.patch_embedding.weight"] = kernel
-    weights["tower.embeddings.position_embedding.weight"] = _smooth_positions(weights, width)
+    weights["tower.embeddings.position_embedding.weight"] = _smooth_positions(weights, sizes.side, width)
     weights.norm("tower.pre_layrnorm", width, bias=True)
     weights.norm("tower.post_layernorm", width, bias=True)
     for layer in range(sizes.vision_layers):
@@ -234,17 +241,16 @@ def _add_tower(weights: _Weights, sizes: Shape) -> None:
         weights.linear(f"{name}.mlp.fc2", width, sizes.vision_intermediate, gain=0.7, bias=0.1)
 
 
-def _smooth_positions(weights: _Weights, width: int) -> Tensor:
-    """Position embeddings [577, width] that change slowly over the grid, as trained ones do, plus a little
-    noise.
+def _smooth_positions(weights: _Weights, side: int, width: int) -> Tensor:
+    """Position embeddings [1 + side * side, width] that change slowly over the grid, as trained ones do.
 
-    Slow change lets neighbouring patches of equal content be similar; the noise keeps scores from near ties.
+    A little noise is added. Slow change lets neighbouring patches of equal content be similar; the noise
+    keeps scores from near ties.
     """
-    side = IMAGE_SIZE // PATCH_SIZE
     grid = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     waves = weights.normal(2, width) * (2 * math.pi / side) * 0.7
     phases = weights.normal(width) * math.pi
-    patches = 0.4 * (grid.float() @ waves + phases).sin() + 0.3 * weights.normal(PATCHES, width)
+    patches = 0.4 * (grid.float() @ waves + phases).sin() + 0.3 * weights.normal(len(grid), width)
     return torch.cat([weights.normal(1, width), patches])
 
 
