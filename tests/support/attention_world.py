@@ -19,6 +19,10 @@ THETA = 10_000.0
 PATCHES = 40
 Ops = AttentionOps[Any, Any]
 
+# How close answers in float32 are: scores of ten and more are rounded in their last bit, and the weights they
+# give by as much as that.
+FLOAT32 = {"atol": 2e-5, "rtol": 1e-4}
+
 
 def owners(live: int, patches: int = PATCHES) -> Tensor:
     """A random owner map in which each of ``live`` tokens holds at least one patch."""
@@ -194,7 +198,7 @@ def check_attention(world: World, plan: RowPlan, ops: Ops) -> None:
     for request in range(len(world.lengths)):
         rows, positions = world.members(plan, request)
         wanted = reference.vtu_attention(query[rows], key[rows], value[rows], positions, THETA)
-        torch.testing.assert_close(out[rows], wanted, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out[rows], wanted, **FLOAT32)
 
 
 def check_importance(world: World, ranking: list[RankingQuery], ops: Ops) -> None:
@@ -213,7 +217,7 @@ def check_importance(world: World, ranking: list[RankingQuery], ops: Ops) -> Non
         for row, mass in zip(rows, by_head.sum(0), strict=True):
             if asking.first_row <= int(plan.rows[row]) <= asking.row:
                 wanted[row] = mass
-    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got, wanted, **FLOAT32)
 
 
 def check_kept_rows(world: World, ops: Ops) -> None:
@@ -255,7 +259,7 @@ def check_later_steps(world: World, ops: Ops) -> None:
         own, positions = world.members(plan, request)
         wanted = reference.vtu_attention(query[own], key[own], value[own], positions, THETA)
         stretch = slice(starts[number], starts[number + 1])
-        torch.testing.assert_close(out[stretch], wanted[-later[request] :], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out[stretch], wanted[-later[request] :], **FLOAT32)
 
 
 def last_rows(world: World, plan: RowPlan) -> Tensor:
@@ -318,8 +322,7 @@ def check_decodes(world: World, ops: Ops, dtype: torch.dtype = torch.float32) ->
 
 def check_last_rows(world: World, plan: RowPlan, given: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
     """Answers of each request's last row, from query, key and value of all rows before rotation."""
-    exact = {"atol": 2e-5, "rtol": 1e-4}
-    close = exact if out.dtype == torch.float32 else {"atol": 0.06, "rtol": 0}
+    close = FLOAT32 if out.dtype == torch.float32 else {"atol": 0.06, "rtol": 0}
     for request in range(len(world.lengths)):
         rows, positions = world.members(plan, request)
         query, key, value = (x[rows].float() for x in given)

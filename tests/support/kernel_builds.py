@@ -41,7 +41,8 @@ KERNELS = ROOT / "vllm_hybrid" / "attention" / "triton_kernels"
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16)
 # With Triton 3.9.0 no kernel in float16 needs more than four registers more than in bfloat16.
-BRIEF = {architecture: DTYPES if architecture == 90 else DTYPES[:1] for architecture in ARCHITECTURES}
+FULL = dict.fromkeys(ARCHITECTURES, DTYPES)
+BRIEF = {sm: dtypes if sm == 90 else dtypes[:1] for sm, dtypes in FULL.items()}
 # Pages in FP8, with queries in the first dtype, where hardware converts them.
 FP8, FP8_ARCHITECTURES = torch.float8_e4m3fn, (90, 100, 120)
 PATCHES = 576
@@ -289,7 +290,7 @@ def _described(name: str, kernel: Any, said: str, architecture: int, heads: Head
     )
 
 
-def build(architecture: int, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Build]:
+def build(architecture: int, dtypes: Sequence[torch.dtype]) -> list[Build]:
     """Compile all variants for an architecture, each once; shapes that share one name the first.
 
     Args:
@@ -379,8 +380,8 @@ def main() -> None:
             for architecture in args.sm or ARCHITECTURES:
                 print_loops(args.loops, architecture)
             return
-        wanted = BRIEF if args.brief else dict.fromkeys(ARCHITECTURES, DTYPES)
-        builds = [one for sm in args.sm or ARCHITECTURES for one in build(sm, wanted[sm])]
+        dtypes = BRIEF if args.brief else FULL
+        builds = [one for sm in args.sm or ARCHITECTURES for one in build(sm, dtypes[sm])]
     print(json.dumps([asdict(one) for one in builds]) if args.json else table(builds))
 
 

@@ -28,7 +28,7 @@ from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from tests.support import attention_world as shared  # noqa: E402
 from tests.support import kernel_memory  # noqa: E402
-from tests.support.attention_world import PATCHES, World  # noqa: E402
+from tests.support.attention_world import FLOAT32, PATCHES, World  # noqa: E402
 from tests.support.compiled_kernels import noted_launches  # noqa: E402
 from tests.support.step_trace import trace_step  # noqa: E402
 from tests.support.triton_interpreter import spare_repeated_work  # noqa: E402
@@ -343,7 +343,7 @@ def test_decodes_from_fp8_pages(shape: tuple[int, int, int], seed: int) -> None:
     exact, rounded = torch.empty_like(given), torch.empty_like(given)
     GPU.attend(given, world.rows, attention, world.cos_sin_cache, world.scale, rounded)
     GPU.attend(given, world.rows.float(), attention, world.cos_sin_cache, world.scale, exact)
-    torch.testing.assert_close(rounded, exact, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(rounded, exact, **FLOAT32)
     for request in range(2):
         rows, positions = world.members(plan, request)
         wanted = shared.reference.vtu_attention(query[rows], key[rows], value[rows], positions, shared.THETA)
@@ -433,8 +433,7 @@ def test_dense_attention(heads: int, kv_heads: int, size: int, dtype: torch.dtyp
     query_start, key_start = (torch.tensor(x, dtype=torch.int32) for x in (queries_at, keys_at))
     causal_attention(query, key, value, query_start, key_start, max(queries), max(keys), 0.2, out)
     wanted = dense_reference(query, key, value, queries_at, keys_at, 0.2)
-    # Scores of ten and more are rounded in their last bit, and the weights they give by as much as that.
-    close = {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    close = FLOAT32 if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
     torch.testing.assert_close(out.float(), wanted, **close)
 
 
@@ -511,7 +510,7 @@ def test_prompts_that_begin_attend_to_their_own_rows(seed: int) -> None:
         own, positions = world.members(plan, request)
         wanted = shared.reference.vtu_attention(query[own], key[own], value[own], positions, shared.THETA)
         first, end = batch.query_start_loc_cpu[request : request + 2]
-        torch.testing.assert_close(out[first:end], wanted[first - end :], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out[first:end], wanted[first - end :], **FLOAT32)
 
 
 def test_prompts_with_a_past_or_images_read_pages(seed: int) -> None:
@@ -593,7 +592,7 @@ def test_decodes_stand_anywhere_between_groups(
         own, positions = world.members(plan, request)
         wanted = shared.reference.vtu_attention(query[own], key[own], value[own], positions, shared.THETA)
         first, end = batch.query_start_loc_cpu[request : request + 2]
-        torch.testing.assert_close(out[first:end], wanted[first - end :], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out[first:end], wanted[first - end :], **FLOAT32)
     assert len(calls) == sum(own > 1 for own in rows)
 
 

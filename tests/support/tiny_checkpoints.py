@@ -109,11 +109,6 @@ class Shape:
         )
 
     @property
-    def side(self) -> int:
-        """Patches along an edge of an image."""
-        return self.image_size // PATCH_SIZE
-
-    @property
     def tower_layers(self) -> int:
         """How many vision layers run for vision_feature_layer -2, so how many thresholds there are."""
         return self.vision_layers - 1
@@ -210,7 +205,7 @@ class _Weights(dict[str, Tensor]):
 
 def _random_weights(sizes: Shape, vocabulary: int, image_token: int, seed: int) -> dict[str, Tensor]:
     weights = _Weights(seed)
-    _add_tower(weights, sizes)
+    _add_tower(weights, sizes, sizes.llava(vocabulary).side)
     weights.linear("projector.linear_1", sizes.hidden, sizes.vision_hidden, gain=1.5, bias=0.1)
     weights.linear("projector.linear_2", sizes.hidden, sizes.hidden, gain=1.5, bias=0.1)
     _add_decoder(weights, sizes, vocabulary)
@@ -222,13 +217,13 @@ def _random_weights(sizes: Shape, vocabulary: int, image_token: int, seed: int) 
     return dict(weights)
 
 
-def _add_tower(weights: _Weights, sizes: Shape) -> None:
+def _add_tower(weights: _Weights, sizes: Shape, side: int) -> None:
     width = sizes.vision_hidden
     weights["tower.embeddings.class_embedding"] = weights.normal(width)
     inputs = 3 * PATCH_SIZE**2
     kernel = weights.normal(width, 3, PATCH_SIZE, PATCH_SIZE) / math.sqrt(inputs)
     weights["tower.embeddings.patch_embedding.weight"] = kernel
-    weights["tower.embeddings.position_embedding.weight"] = _smooth_positions(weights, sizes.side, width)
+    weights["tower.embeddings.position_embedding.weight"] = _smooth_positions(weights, side, width)
     weights.norm("tower.pre_layrnorm", width, bias=True)
     weights.norm("tower.post_layernorm", width, bias=True)
     for layer in range(sizes.vision_layers):

@@ -12,11 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.kernel_builds import (
     ARCHITECTURES,
     BRIEF,
     FP8_ARCHITECTURES,
+    FULL,
     SHAPES,
     TOWER,
     Build,
@@ -89,13 +91,16 @@ def page() -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def builds(page: tuple[str, str]) -> list[Build]:
-    """Variants, compiled in a process where nothing interprets or stands in for Triton's backends.
+def dtypes(page: tuple[str, str]) -> dict[int, tuple[torch.dtype, ...]]:
+    """Those compiled for an architecture: all with the page's Triton, otherwise few, for it takes minutes."""
+    return FULL if version("triton") == page[0] else BRIEF
 
-    All of them with the page's Triton, otherwise those of `BRIEF`: a compiler takes minutes.
-    """
+
+@pytest.fixture(scope="module")
+def builds(dtypes: dict[int, tuple[torch.dtype, ...]]) -> list[Build]:
+    """Variants, compiled in a process where nothing interprets or stands in for Triton's backends."""
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    brief = [] if version("triton") == page[0] else ["--brief"]
+    brief = ["--brief"] if dtypes is BRIEF else []
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.support.kernel_builds", "--json", *brief],
         capture_output=True,
@@ -117,8 +122,10 @@ def test_every_kernel_is_compiled_for_every_architecture(builds: list[Build]) ->
         assert {one.kernel for one in builds if one.architecture == architecture} == wanted
 
 
-def test_attention_is_compiled_for_every_shape_and_dtype(builds: list[Build]) -> None:
-    names = {sm: [str(dtype).removeprefix("torch.") for dtype in dtypes] for sm, dtypes in BRIEF.items()}
+def test_attention_is_compiled_for_every_shape_and_dtype(
+    builds: list[Build], dtypes: dict[int, tuple[torch.dtype, ...]]
+) -> None:
+    names = {sm: [str(dtype).removeprefix("torch.") for dtype in these] for sm, these in dtypes.items()}
     wanted = {(sm, shape.name, name) for sm in ARCHITECTURES for shape in SHAPES for name in names[sm]}
     for kernel in ATTENTION:
         built = {(b.architecture, b.heads, b.dtype) for b in builds if b.kernel == kernel}

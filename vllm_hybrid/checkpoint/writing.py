@@ -42,9 +42,14 @@ class LlavaShape:
     patch_size: int = 14
 
     @property
+    def side(self) -> int:
+        """Patches along an edge of an image."""
+        return self.image_size // self.patch_size
+
+    @property
     def patches(self) -> int:
         """Patches of an image."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
 
 
 def llava_config(

@@ -184,9 +184,8 @@ def _smooth_positions(made: _Random) -> Tensor:
 
     Patches of equal content are then similar, the more so the nearer they are, so that plain pictures merge.
     """
-    side = SHAPE.image_size // SHAPE.patch_size
-    grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
-    waves = made.normal(2, SHAPE.vision_width) * (1.4 * math.pi / side)
+    grid = torch.cartesian_prod(torch.arange(SHAPE.side), torch.arange(SHAPE.side)).float()
+    waves = made.normal(2, SHAPE.vision_width) * (1.4 * math.pi / SHAPE.side)
     phases = made.normal(SHAPE.vision_width) * math.pi
     patches = 0.25 * (grid @ waves + phases).sin() + 0.08 * made.normal(SHAPE.patches, SHAPE.vision_width)
     return torch.cat([made.normal(1, SHAPE.vision_width), 0.3 * made.normal(1, SHAPE.vision_width) + patches])
