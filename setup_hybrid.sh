@@ -67,7 +67,7 @@ check_system() {
 # Changes whenever something changes that would make another environment.
 fingerprint() {
   { printf '%s\n' "$@" "${TORCH_INDEX_URL:-}" "$PWD" && cat setup_hybrid.sh pyproject.toml &&
-    find cpu_stand_ins -type f ! -path '*/__pycache__/*' -print0 | sort -z | xargs -0 cat; } | sha256sum | cut -d' ' -f1
+    find vllm_hybrid/doctor/stand_ins -type f ! -path '*/__pycache__/*' -print0 | sort -z | xargs -0 cat; } | sha256sum | cut -d' ' -f1
 }
 
 # An environment is kept only when a set-up completed it for the same device and Python: an interrupted pip
@@ -113,20 +113,10 @@ install_packages() {
   fi
 }
 
-# Builds packages of ours under cpu_stand_ins/ with what is installed, and installs them over what is there.
-install_ours() { pip install -q --no-deps --no-index --no-build-isolation --force-reinstall "$@"; }
-
-# What a CPU installation lacks or has broken: small packages of ours, whose pyproject files say what and why.
+# What a CPU installation lacks or has broken: the doctor says what that is, and installs small packages of ours.
 # Never done on CUDA.
 close_cpu_gaps() {
-  install_ours ./cpu_stand_ins/vllm-metadata ./cpu_stand_ins/torchvision-operators
-  local library
-  for library in torchaudio torchcodec; do
-    if ! "$VENV/bin/python" -c "import $library" 2>/dev/null; then
-      say "leaving out $library: its build cannot be imported beside a CPU build of torch, and images need none"
-      install_ours "./cpu_stand_ins/$library-absent"
-    fi
-  done
+  "$VENV/bin/python" -m vllm_hybrid.cli doctor --fix || die "this environment lacks something to serve (above)"
 }
 
 check_device() {

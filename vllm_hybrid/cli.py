@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from vllm_hybrid import __version__
-from vllm_hybrid.config import HybridConfig
+from vllm_hybrid.doctor.command import doctor
 from vllm_hybrid.errors import one_line
 from vllm_hybrid.evaluation.command import evaluate
-from vllm_hybrid.levels import FULL, UNNAMED
+from vllm_hybrid.startup.environment_faults import ADVICE, environment_fault
 from vllm_hybrid.tools.progress import progress as _progress
 
 app = typer.Typer(
@@ -51,11 +51,18 @@ SkipUnreadable = Annotated[
 
 
 def main() -> None:
-    """Run the command. A mistake of the user ends it with one sentence and status 1, wrong usage with 2."""
+    """Run the command. A mistake of the user ends it with one sentence and status 1, wrong usage with 2.
+
+    So does a library that cannot be imported; other faults show where they are.
+    """
     try:
         app()
-    except (ValueError, OSError) as error:
-        print(f"vllm-hybrid: error: {one_line(error)}", file=sys.stderr)
+    except Exception as error:
+        fault = environment_fault(error)
+        if fault is None and not isinstance(error, ValueError | OSError):
+            raise
+        sentence = one_line(error) if fault is None else f"{fault}; {ADVICE}"
+        print(f"vllm-hybrid: error: {sentence}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -141,22 +148,8 @@ def prepare(
             progress=progress,
             skip_unreadable=skip_unreadable,
         )
-    print(f"{out}: {_in_words(hybrid)}; serve it with")
+    print(f"{out}: {hybrid.in_words()}; serve it with")
     print(f"  vllm serve {out}")
-
-
-def _in_words(hybrid: HybridConfig) -> str:
-    """What a checkpoint will be served with: its levels and the default one, or its only setting."""
-    levels, after = hybrid.levels, f" after layer {hybrid.fastv_layer}"
-    if set(levels.names) <= {UNNAMED, FULL}:
-        merging = "on" if levels.default.merges else "off"
-        pruning = f"{levels.default.fastv_ratio:g}{after}" if hybrid.prunes else "off"
-        return f"merging {merging}, FastV {pruning}"
-    settings = []
-    for level in levels:
-        parts = ["merging"] * level.merges + [f"FastV {level.fastv_ratio:g}"] * level.prunes
-        settings.append(f"{level.name} ({', '.join(parts) or 'all tokens'})")
-    return f"levels {', '.join(settings)}; default {levels.default.name}{f'; FastV{after}' * hybrid.prunes}"
 
 
 @app.command()
@@ -245,6 +238,7 @@ def show(
 
 
 app.command("eval")(evaluate)
+app.command()(doctor)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_hybrid.levels import Levels, parse_levels
+from vllm_hybrid.levels import FULL, UNNAMED, Levels, parse_levels
 
 KNOWN_KEYS = (
     "levels",
@@ -64,6 +64,19 @@ class HybridConfig:
     def active(self) -> bool:
         """Whether anything is reduced at any level."""
         return self.merges or self.prunes
+
+    def in_words(self) -> str:
+        """What is served: the levels and the default one, or the only setting."""
+        levels, after = self.levels, f" after layer {self.fastv_layer}"
+        if set(levels.names) <= {UNNAMED, FULL}:
+            merging = "on" if levels.default.merges else "off"
+            pruning = f"{levels.default.fastv_ratio:g}{after}" if self.prunes else "off"
+            return f"merging {merging}, FastV {pruning}"
+        settings = []
+        for level in levels:
+            parts = ["merging"] * level.merges + [f"FastV {level.fastv_ratio:g}"] * level.prunes
+            settings.append(f"{level.name} ({', '.join(parts) or 'all tokens'})")
+        return f"levels {', '.join(settings)}; default {levels.default.name}{f'; FastV{after}' * self.prunes}"
 
     @classmethod
     def parse(cls, section: object, *, vision_layers: int, decoder_layers: int) -> HybridConfig:

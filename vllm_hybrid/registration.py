@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE
 from vllm_hybrid.startup import refusal, versions
+from vllm_hybrid.startup.environment_faults import ADVICE
+
+# Set to anything, it switches off this plugin and no other, which VLLM_PLUGINS cannot.
+DISABLED = "VLLM_HYBRID_DISABLED"
 
 
 def register() -> None:
@@ -11,6 +17,11 @@ def register() -> None:
 
     vLLM calls this for every model of the environment, so nothing that is wrong here may end another's start.
     """
+    if os.environ.get(DISABLED):
+        refusal.register(
+            f"vllm-hybrid is switched off ({DISABLED}={os.environ[DISABLED]}); unset the variable"
+        )
+        return
     try:
         versions.check()
         _register()
@@ -19,7 +30,7 @@ def register() -> None:
     except Exception as error:
         refusal.register(
             f"vllm-hybrid cannot be loaded beside the installed vLLM ({type(error).__name__}: {error}); "
-            "install both anew"
+            f"install both anew, or {ADVICE}"
         )
 
 

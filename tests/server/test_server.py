@@ -370,7 +370,11 @@ def test_a_wrong_section_stops_the_server_at_start(tmp_path: Any) -> None:
         assert failing.process.wait() != 0
     finally:
         failing.kill()
-    assert "hybrid.fastv_ratio is 2; give a number from 0 up to but not including 1" in failing.output
+    sentence = "hybrid.fastv_ratio is 2; give a number from 0 up to but not including 1"
+    *before, last = failing.output.splitlines()
+    assert last == f"vllm-hybrid: error: {sentence}"
+    assert "ERROR" in before[-1] and before[-1].endswith(f"vllm-hybrid: {sentence}")
+    assert "Traceback" not in failing.output
 
 
 def test_an_interrupt_ends_the_server_cleanly(server: Server) -> None:

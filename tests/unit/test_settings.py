@@ -197,6 +197,50 @@ def test_flashinfer_where_it_is_installed_is_left_alone(monkeypatch: pytest.Monk
     assert FLASHINFER_SAMPLER not in os.environ
 
 
+# ---- compilers ------------------------------------------------------------------------------------
+
+
+def test_a_missing_compiler_is_refused_before_a_worker_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        ValueError, match=r"'no-such-compiler' does not serve \(not found\).*vllm-hybrid doctor"
+    ):
+        configure(PRUNES)
+    configure(None)
+    monkeypatch.setenv(select.IMPLEMENTATION_ENV, "reference")
+    configure(PRUNES)
+
+
+@pytest.fixture
+def lame_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A compiler that is there and fails."""
+    compiler = tmp_path / "lame"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: Python.h' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    for variable in ("CC", "CXX"):
+        monkeypatch.setenv(variable, str(compiler))
+    return monkeypatch
+
+
+def test_a_compiler_that_fails_is_refused_unless_all_is_compiled(lame_compiler: pytest.MonkeyPatch) -> None:
+    lame_compiler.setattr("vllm_hybrid.attention.cpu.extension_is_compiled", lambda: True)
+    configure(PRUNES)
+    lame_compiler.setattr("vllm_hybrid.attention.cpu.extension_is_compiled", lambda: False)
+    with pytest.raises(ValueError, match="does not serve .it cannot compile .fatal error: Python.h"):
+        configure(PRUNES)
+
+
+def test_on_cuda_a_compiler_that_fails_is_a_warning(lame_compiler: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    lame_compiler.setattr("vllm_hybrid.startup.settings.compiles_cpp", lambda: False)
+    lame_compiler.setattr(
+        "vllm_hybrid.startup.settings.current_platform", SimpleNamespace(is_cuda=lambda: True)
+    )
+    lame_compiler.setattr(settings.logger, "warning", lambda text, *values: said.append(text % values))
+    settings.check_compiler()
+    assert len(said) == 1 and "Triton may fail to compile" in said[0] and "Python.h" in said[0]
+
+
 # ---- overrides ------------------------------------------------------------------------------------
 
 LEVELS = {"low": [0.7] * 3, "high": [0.9] * 3}

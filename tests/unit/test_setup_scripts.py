@@ -20,6 +20,7 @@ case "$1 $2" in
     shift 3
     echo "pip $*" >>"$RECORD"
     [[ ! -e $(dirname "$RECORD")/broken ]] || {{ echo "no network" && exit 1; }} ;;
+  "-m vllm_hybrid.cli") shift 2 && echo "vllm-hybrid $*" >>"$RECORD" && exit "${{DOCTOR_STATUS:-0}}" ;;
   "--version ") echo "Python 3.11.0" ;;
   *"torch.version.cuda"*) echo "$HYBRID_DEVICE" ;;
   *) exec {python} "$@" ;;
@@ -37,7 +38,7 @@ class Checkout:
         self.record = root / "record"
         for name in ("setup_hybrid.sh", "pyproject.toml"):
             shutil.copy(ROOT / name, self.tree)
-        for name in ("cpu_stand_ins", "scripts"):
+        for name in ("vllm_hybrid/doctor/stand_ins", "scripts"):
             shutil.copytree(ROOT / name, self.tree / name)
         self.python = self.executable(
             root / "python", RECORDING_PYTHON.format(bash=shutil.which("bash"), python=sys.executable)
@@ -102,21 +103,27 @@ def test_a_failed_installation_fails_the_set_up_and_is_started_over(checkout: Ch
 
 
 def test_cpu_gaps_are_closed_on_a_cpu_only_and_devices_share_no_environment(checkout: Checkout) -> None:
-    assert "./cpu_stand_ins/vllm-metadata ./cpu_stand_ins/torchvision-operators" in checkout.set_up()
+    assert checkout.set_up().splitlines()[-1] == "vllm-hybrid doctor --fix"
     on_cuda = checkout.set_up(HYBRID_DEVICE="cuda")
     assert "venv" in on_cuda.splitlines()
     assert "-e .[cuda,dev]" in on_cuda
-    assert "cpu_stand_ins" not in on_cuda
+    assert "doctor" not in on_cuda
 
 
-def test_audio_libraries_are_replaced_only_where_they_cannot_be_imported(checkout: Checkout) -> None:
-    importable = checkout.root / "modules"
-    importable.mkdir()
-    (importable / "torchaudio.py").write_text("")
-    (importable / "torchcodec.py").write_text("raise OSError('built for CUDA')")
-    recorded = checkout.set_up(PYTHONPATH=str(importable))
-    assert "torchaudio-absent" not in recorded
-    assert "--force-reinstall ./cpu_stand_ins/torchcodec-absent" in recorded
+def test_a_gap_that_stays_fails_the_set_up(checkout: Checkout) -> None:
+    failed = checkout.run("setup_hybrid.sh", DOCTOR_STATUS="1")
+    assert failed.returncode == 1
+    assert failed.stderr == "setup: error: this environment lacks something to serve (above)\n"
+    assert "venv" in checkout.set_up().splitlines()
+
+
+def test_a_changed_stand_in_has_the_doctor_look_again(checkout: Checkout) -> None:
+    checkout.set_up()
+    with (checkout.tree / "vllm_hybrid/doctor/stand_ins/torchvision-operators/pyproject.toml").open(
+        "a"
+    ) as project:
+        project.write("# changed\n")
+    assert "doctor --fix" in checkout.set_up()
 
 
 def test_a_given_torch_index_is_passed_on(checkout: Checkout) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vllm_hybrid.attention.cpu_build import compile_extension
+from vllm_hybrid.attention.cpu_build import compile_extension, is_compiled
 from vllm_hybrid.attention.interface import (
     AttentionOps,
     AttentionPlan,
@@ -30,6 +30,7 @@ from vllm_hybrid.attention.interface import (
 from vllm_hybrid.method.token_merging import PackedTokens
 
 _NAMES = ("cpu_attention.cpp", "cpu_bf16.cpp", "cpu_bf16_decode.cpp")
+_NAME = "vllm_hybrid_cpu_attention"
 _SOURCES = [Path(__file__).parent / "csrc" / name for name in _NAMES]
 
 
@@ -41,7 +42,12 @@ def extension() -> Any:
         RuntimeError: no C++ compiler was found.
 
     """
-    return compile_extension(_SOURCES, "vllm_hybrid_cpu_attention")
+    return compile_extension(_SOURCES, _NAME)
+
+
+def extension_is_compiled() -> bool:
+    """Whether :func:`extension` need not compile anything on this machine."""
+    return is_compiled(_SOURCES, _NAME)
 
 
 class Workspace:

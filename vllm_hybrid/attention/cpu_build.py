@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -12,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+from vllm_hybrid.errors import one_line
+from vllm_hybrid.startup.environment_faults import ADVICE
+from vllm_hybrid.startup.waits import announced_wait
+
+# Below vLLM's, whose handler shows it.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 def compile_extension(sources: Sequence[Path], name: str) -> Any:
@@ -32,9 +40,7 @@ def compile_extension(sources: Sequence[Path], name: str) -> Any:
         RuntimeError: there is no C++ compiler, or the sources do not compile.
 
     """
-    from torch.utils import cpp_extension
-
-    compiler = cpp_extension.get_cxx_compiler()
+    compiler = _compiler()
     if shutil.which(compiler) is None:
         raise RuntimeError(
             f"the C++ compiler {compiler!r} was not found, and CPU attention needs it; install g++ or set CXX"
@@ -45,8 +51,35 @@ def compile_extension(sources: Sequence[Path], name: str) -> Any:
     # torch guards a build with a file that stays behind when the builder is killed, and then waits for it
     # for ever. This lock goes with its process, so whoever holds it knows that such a file is a leftover.
     # ninja is installed beside the interpreter, which need not be on PATH.
-    with FileLock(folder.with_suffix(".lock")), _on_path(str(Path(sys.executable).parent)):
+    with _locked(folder.with_suffix(".lock")), _on_path(str(Path(sys.executable).parent)):
         (folder / "lock").unlink(missing_ok=True)
+        if _product(folder, name).exists():
+            return _load(name, sources, flags, folder)
+        with announced_wait(f"compiling {name} (C++), once per machine, which may take minutes"):
+            return _load(name, sources, flags, folder)
+
+
+def is_compiled(sources: Sequence[Path], name: str) -> bool:
+    """Whether :func:`compile_extension` would find its module built."""
+    return _product(_build_folder(name, sources, [_compiler(), *machine_flags()]), name).exists()
+
+
+def _compiler() -> str:
+    from torch.utils import cpp_extension
+
+    return str(cpp_extension.get_cxx_compiler())
+
+
+def _product(folder: Path, name: str) -> Path:
+    """What a finished build leaves."""
+    return folder / f"{name}.so"
+
+
+def _load(name: str, sources: Sequence[Path], flags: list[str], folder: Path) -> Any:
+    """Import an extension, built anew where it is not, or not of these sources."""
+    from torch.utils import cpp_extension
+
+    try:
         return cpp_extension.load(
             name=name,
             sources=[str(source) for source in sources],
@@ -54,6 +87,26 @@ def compile_extension(sources: Sequence[Path], name: str) -> Any:
             build_directory=str(folder),
             verbose=False,
         )
+    except RuntimeError as error:
+        # All that the compiler said stands in the error's cause.
+        errors = [line for line in str(error).splitlines() if "error:" in line]
+        reason = one_line(RuntimeError(errors[0])) if errors else one_line(error)
+        raise RuntimeError(f"{name} could not be compiled ({reason}); {ADVICE}") from error
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold a lock between processes; whoever waits for it says so."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("vllm-hybrid: waiting for another process that compiles %s", file.stem)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def machine_flags() -> list[str]:

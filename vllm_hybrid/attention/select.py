@@ -56,6 +56,11 @@ def _name() -> str:
     return os.environ.get(IMPLEMENTATION_ENV, "cpu" if current_platform.is_cpu() else "triton")
 
 
+def compiles_cpp() -> bool:
+    """Whether this process's implementation is the one in C++."""
+    return _name() == "cpu"
+
+
 def serves_kv_dtype(cache_dtype: str) -> bool:
     """Whether the implementation of this process reads and writes a KV cache of one of vLLM's dtypes."""
     if cache_dtype in _FP8 and _name() == "triton":

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_hybrid.engine.worker import StepReports
+from vllm_hybrid.startup.waits import announced_wait
 
 
 class HybridCUDAWorker(StepReports, Worker):
@@ -17,6 +18,13 @@ class HybridCUDAWorker(StepReports, Worker):
         graphs = self.model_runner.get_model().tower_graphs
         if graphs is not None:
             self.model_runner.model_state.encoder_runner.cudagraph_manager = graphs
+
+    def determine_available_memory(self) -> int:
+        """As vLLM does; its run with pictures is the first that launches the tower's kernels."""
+        if self.model_runner.get_model().hybrid.merges:
+            with announced_wait("profiling, in which Triton compiles the vision tower's kernels"):
+                return super().determine_available_memory()
+        return super().determine_available_memory()
 
     def _maybe_activate_jit_monitor(self) -> None:
         """From here on vLLM reports whatever is compiled, and ends where it is told to."""

@@ -21,6 +21,11 @@ from vllm_hybrid.engine.warm_up import warm_up
 from vllm_hybrid.frontend.picture_levels import tell_level
 from vllm_hybrid.levels import Levels
 from vllm_hybrid.startup.settings import hybrid_config
+from vllm_hybrid.startup.waits import announced_wait
+
+COMPILING_ATTENTION = (
+    "having Triton compile the attention's kernels, on requests that are made up; they are kept in its cache"
+)
 
 
 class ForeignPages:
@@ -114,7 +119,8 @@ class StepReports:
         hybrid = hybrid_config(self.model_runner.vllm_config.model_config.hf_config)
         model = self.model_runner.get_model()
         if hybrid.active and model.language_model.model.attention_ops.compiles_on_launch:
-            warm_up(self, hybrid.levels, model.patches)
+            with announced_wait(COMPILING_ATTENTION):
+                warm_up(self, hybrid.levels, model.patches)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         for request in scheduler_output.scheduled_new_reqs:

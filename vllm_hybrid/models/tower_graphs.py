@@ -22,6 +22,7 @@ from vllm.utils.torch_utils import current_stream
 
 from vllm_hybrid.method.device_tokens import DeviceTokens
 from vllm_hybrid.models.clip import threshold_table
+from vllm_hybrid.startup.waits import announced_wait
 
 # Where vLLM's option says nothing. From about here on the device takes longer than the host does.
 DEFAULT_IMAGES = 4
@@ -124,12 +125,19 @@ class TowerGraphs:
 
     def capture(self, graph_pool: Any) -> None:
         """Capture all graphs into one pool of memory, the largest first, which the others then share."""
-        for images in range(self.images, 0, -1):
-            inputs = self._make_inputs(images)
-            self._captured[images] = [
-                _Captured(rows, inputs, *self._record(self._call(inputs, rows), graph_pool))
-                for rows in self._buckets(images)
-            ]
+        with announced_wait(
+            f"capturing CUDA graphs of the vision tower, of batches of 1 to {self.images} pictures"
+        ):
+            for images in range(self.images, 0, -1):
+                self._captured[images] = self._capture_batches_of(images, graph_pool)
+
+    def _capture_batches_of(self, images: int, graph_pool: Any) -> list[_Captured]:
+        """A graph for each bucket of rows."""
+        inputs = self._make_inputs(images)
+        return [
+            _Captured(rows, inputs, *self._record(self._call(inputs, rows), graph_pool))
+            for rows in self._buckets(images)
+        ]
 
     def clear(self) -> None:
         """Drop all graphs; batches run without until they are captured again."""

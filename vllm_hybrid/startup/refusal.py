@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE
+from vllm_hybrid.startup.last_words import announced
 
 
 def register(reason: str) -> None:
@@ -32,11 +33,15 @@ def _refused_settings(reason: str) -> Any:
     """vLLM's hook for a model's configuration, called before anything is loaded."""
 
     class RefusedSettings:
+        REASON = reason
+
         @staticmethod
+        @announced
         def verify_and_update_model_config(model_config: Any) -> NoReturn:
             raise ValueError(reason)
 
         @staticmethod
+        @announced
         def verify_and_update_config(vllm_config: Any) -> NoReturn:
             raise ValueError(reason)
 
@@ -47,6 +52,7 @@ def _refused_model(reason: str) -> type[nn.Module]:
     """A text-generating model as vLLM sees it, so that it gets as far as to be refused."""
 
     class LlavaHybridForConditionalGeneration(nn.Module):
+        @announced
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             raise ValueError(reason)
 

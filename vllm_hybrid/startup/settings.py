@@ -20,12 +20,15 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_hybrid.attention.select import serves_kv_dtype
+from vllm_hybrid.attention.select import compiles_cpp, serves_kv_dtype
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE, check_format, check_shape, merging_layers, read_config
 from vllm_hybrid.checkpoint.weights import check_weights
 from vllm_hybrid.config import PROMPT_END, TURN_END, HybridConfig
 from vllm_hybrid.levels import HIGH, LOW, Level
 from vllm_hybrid.startup import overrides
+from vllm_hybrid.startup.compilers import c_compiler, cpp_compiler
+from vllm_hybrid.startup.environment_faults import ADVICE
+from vllm_hybrid.startup.last_words import announced
 
 # vLLM shows what its own loggers and those below them say.
 logger = init_logger(f"vllm.{__name__}")
@@ -79,6 +82,7 @@ class HybridSettings(VerifyAndUpdateConfig):
     """vLLM's hooks for a model that needs its own configuration."""
 
     @staticmethod
+    @announced
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Let an override of the ``hybrid`` section change the keys that it names, and no others.
 
@@ -89,6 +93,7 @@ class HybridSettings(VerifyAndUpdateConfig):
         overrides.apply(model_config)
 
     @staticmethod
+    @announced
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Check and complete the configuration.
 
@@ -104,6 +109,7 @@ class HybridSettings(VerifyAndUpdateConfig):
             sample_without_flashinfer()
         if hybrid.active:
             check_options(vllm_config)
+            check_compiler()
             _complete(vllm_config, hybrid)
         logger.info("vllm-hybrid: %s", describe(hybrid, overrides.applied(model_config)))
 
@@ -130,6 +136,33 @@ def check_files(vllm_config: VllmConfig) -> None:
     folder = Path(model_config.model)
     if vllm_config.load_config.load_format in CHECKED_FORMATS and any(folder.glob("*.safetensors")):
         check_weights(folder, model_config.hf_config, quantised=model_config.quantization is not None)
+
+
+def check_compiler() -> None:
+    """See that what has yet to be compiled can be, which a worker would only find out later.
+
+    Raises:
+        ValueError: the C++ attention cannot be compiled, and was not before.
+
+    """
+    if compiles_cpp():
+        from vllm_hybrid.attention.cpu import extension_is_compiled
+
+        compiler = cpp_compiler()
+        if compiler.gap and not (compiler.is_there and extension_is_compiled()):
+            raise ValueError(
+                f"the CPU attention is C++, and its compiler {compiler.name!r} does not serve "
+                f"({compiler.gap}): {compiler.remedy}; {ADVICE}"
+            )
+    elif current_platform.is_cuda() and (compiler := c_compiler()).gap:
+        # What Triton compiled before lies in its cache, so this need be no fault.
+        logger.warning(
+            "vllm-hybrid: Triton may fail to compile, for its C compiler %r does not serve (%s): %s; %s",
+            compiler.name,
+            compiler.gap,
+            compiler.remedy,
+            ADVICE,
+        )
 
 
 def sample_without_flashinfer() -> None:
@@ -192,6 +225,7 @@ def reduces(vllm_config: VllmConfig) -> bool:
     return model is not None and model.architecture == ARCHITECTURE and hybrid_config(model.hf_config).active
 
 
+@announced
 def check_options(vllm_config: VllmConfig) -> None:
     """Refuse options that would be wrong with reduced image tokens.
 

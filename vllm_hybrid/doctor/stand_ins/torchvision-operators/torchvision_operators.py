@@ -18,10 +18,10 @@ _SIGNATURES = {
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 # torch forgets a declaration when the object that made it is collected.
-_libraries = []
+_libraries: list[object] = []
 
 
-def declare_missing():
+def declare_missing() -> None:
     """Declare those of torchvision's two annotated operators that torch lacks; nothing on a CUDA build."""
     import torch
 
@@ -40,7 +40,7 @@ class TorchvisionImport:
     """Import hook that finds no module: it only notices one being looked for."""
 
     @classmethod
-    def find_spec(cls, fullname, path=None, target=None):
+    def find_spec(cls, fullname: str, path: object = None, target: object = None) -> None:
         """Declare the operators when torchvision is about to annotate them; always None, "not mine"."""
         if fullname == _BEFORE:
             declare_missing()
