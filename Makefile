@@ -11,7 +11,7 @@ export PORT MODEL ARGS PREPARE_ARGS
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder \
 	--max-worker-restart 0 --durations 20
 
-.PHONY: help setup serve test test-fast test-next lint demo bench bench-turns clean
+.PHONY: help setup serve test test-fast test-next test-install lint demo bench bench-turns clean
 
 help:
 	@echo "make setup   make .venv with everything installed (the others do it first)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test    run the test suite; TEST_ARGS='flags of pytest'"
 	@echo "make test-fast  the tests that start no engine and take no minute"
 	@echo "make test-next  tests beside a newer vLLM without a build for CPUs: see scripts/test_next.sh"
+	@echo "make test-install  a pip user's way, in an environment that is thrown away: see scripts/test_install.sh"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the environment and the checkpoints that were made"
 	@echo "Set-up reads HYBRID_DEVICE=cpu|cuda, HYBRID_PYTHON and TORCH_INDEX_URL: see setup_hybrid.sh."
@@ -42,6 +43,9 @@ test-fast: setup
 
 test-next: setup
 	./scripts/test_next.sh $(TEST_ARGS)
+
+test-install: setup
+	./scripts/test_install.sh
 
 lint: setup
 	$(PY) -m ruff check .

@@ -3,7 +3,7 @@
 Where a library that vLLM needs cannot be imported, vLLM ends before it looks for its other plugins.
 """
 
-from vllm_hybrid.startup.last_words import say_last_words
+from vllm_hybrid.environment.last_words import say_last_words
 
 
 def no_platform() -> None:

@@ -10,9 +10,9 @@ import typer
 
 from vllm_hybrid import __version__
 from vllm_hybrid.doctor.command import doctor
+from vllm_hybrid.environment.faults import ADVICE, environment_fault
 from vllm_hybrid.errors import one_line
 from vllm_hybrid.evaluation.command import evaluate
-from vllm_hybrid.startup.environment_faults import ADVICE, environment_fault
 from vllm_hybrid.tools.progress import progress as _progress
 
 app = typer.Typer(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE
+from vllm_hybrid.environment.faults import ADVICE
 from vllm_hybrid.startup import refusal, versions
-from vllm_hybrid.startup.environment_faults import ADVICE
 
 # Set to anything, it switches off this plugin and no other, which VLLM_PLUGINS cannot.
 DISABLED = "VLLM_HYBRID_DISABLED"

@@ -18,7 +18,7 @@ import pytest
 from filelock import FileLock
 
 from vllm_hybrid.attention import cpu_build
-from vllm_hybrid.startup import waits
+from vllm_hybrid.environment import waits
 
 SOURCE = """
 #include <pybind11/pybind11.h>

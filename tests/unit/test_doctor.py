@@ -20,8 +20,8 @@ from tests.support.paths import ROOT
 from tests.support.tiny_checkpoints import write_checkpoint
 from vllm_hybrid.doctor import command, compilers, cuda, fresh, libraries, plugin, stand_in
 from vllm_hybrid.doctor.checkpoint import look_at
-from vllm_hybrid.doctor.environment import Environment, Torch
 from vllm_hybrid.doctor.finding import Finding
+from vllm_hybrid.doctor.installed import Environment, Torch
 from vllm_hybrid.startup import versions
 
 CPU_TORCH = Torch("2.13.0+cpu", None, "")

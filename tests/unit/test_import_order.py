@@ -17,6 +17,7 @@ ORDER = (
     "files",
     "levels",
     "config",
+    "environment",
     "method",
     "kv",
     "attention",
@@ -26,6 +27,7 @@ ORDER = (
     "models",
     "engine",
     "registration",
+    "doctor",
     "tools",
     "evaluation",
     "demo",
@@ -33,14 +35,14 @@ ORDER = (
 )
 # What is plain tensor code imports no vLLM.
 WITHOUT_VLLM = (
-    *("errors", "files", "levels", "config", "method", "kv/page_facts"),
+    *("errors", "files", "levels", "config", "environment", "method", "kv/page_facts", "doctor"),
     *("attention/interface", "attention/reference", "attention/cpu.py", "attention/cpu_build"),
     *("attention/gpu", "attention/triton_kernels"),
     "models/encoder_output",
 )
 # The tools beside the server need nothing that only a server loads.
 SERVER = ("attention", "frontend", "models", "engine", "registration")
-BESIDE = ("tools", "evaluation", "demo")
+BESIDE = ("doctor", "tools", "evaluation", "demo")
 
 
 def imported(module: ast.Module) -> Iterator[str]:

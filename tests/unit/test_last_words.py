@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
-from vllm_hybrid.startup import last_words
-from vllm_hybrid.startup.environment_faults import ADVICE, environment_fault
+from vllm_hybrid.environment import last_words
+from vllm_hybrid.environment.faults import ADVICE, environment_fault
 
 BROKEN = "raise OSError('Could not load this library: libtorchcodec.so')"
 FAULT = "torchcodec cannot be imported (OSError: Could not load this library: libtorchcodec.so)"
@@ -102,7 +102,7 @@ def test_a_refusal_is_logged_once_before_it_is_raised(
 
 
 REFUSED = """
-from vllm_hybrid.startup.last_words import announced
+from vllm_hybrid.environment.last_words import announced
 
 @announced
 def check():

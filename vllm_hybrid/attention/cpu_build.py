@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from vllm_hybrid.environment.faults import ADVICE
+from vllm_hybrid.environment.waits import announced_wait
 from vllm_hybrid.errors import one_line
-from vllm_hybrid.startup.environment_faults import ADVICE
-from vllm_hybrid.startup.waits import announced_wait
 
 # Below vLLM's, whose handler shows it.
 logger = logging.getLogger(f"vllm.{__name__}")

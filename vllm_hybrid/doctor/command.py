@@ -12,8 +12,8 @@ from vllm_hybrid.doctor import checkpoint as checkpoints
 from vllm_hybrid.doctor import stand_in
 from vllm_hybrid.doctor.compilers import check_compiler
 from vllm_hybrid.doctor.cuda import check_cuda
-from vllm_hybrid.doctor.environment import Environment
 from vllm_hybrid.doctor.finding import Finding
+from vllm_hybrid.doctor.installed import Environment
 from vllm_hybrid.doctor.libraries import check_around_torch, check_name, check_torch, check_vllm
 from vllm_hybrid.doctor.plugin import check_plugin
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vllm_hybrid.doctor.environment import Environment
 from vllm_hybrid.doctor.finding import Finding
-from vllm_hybrid.startup.compilers import c_compiler, cpp_compiler
+from vllm_hybrid.doctor.installed import Environment
+from vllm_hybrid.environment.compilers import c_compiler, cpp_compiler
 
 
 def check_compiler(environment: Environment) -> list[Finding]:

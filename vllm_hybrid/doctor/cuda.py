@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vllm_hybrid.doctor import fresh
-from vllm_hybrid.doctor.environment import Environment
 from vllm_hybrid.doctor.finding import Finding
+from vllm_hybrid.doctor.installed import Environment
 
 # The kernels are written for these and later ones: docs/kernels.md.
 LEAST_CAPABILITY = (8, 0)

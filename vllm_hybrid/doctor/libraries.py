@@ -6,8 +6,8 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 
 from vllm_hybrid.doctor import fresh
-from vllm_hybrid.doctor.environment import Environment
 from vllm_hybrid.doctor.finding import Finding
+from vllm_hybrid.doctor.installed import Environment
 from vllm_hybrid.startup import versions
 
 _IMPORT = (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vllm_hybrid.doctor import fresh
-from vllm_hybrid.doctor.environment import Environment
 from vllm_hybrid.doctor.finding import Finding
+from vllm_hybrid.doctor.installed import Environment
 
 _LOAD = """
 from vllm.platforms import current_platform

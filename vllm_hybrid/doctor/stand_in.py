@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_hybrid.doctor.environment import Environment
+from vllm_hybrid.doctor.installed import Environment
 
 FOLDER = Path(__file__).parent / "stand_ins"
 # vllm-metadata has the version of the vLLM that it names.

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_hybrid.engine.worker import StepReports
-from vllm_hybrid.startup.waits import announced_wait
+from vllm_hybrid.environment.waits import announced_wait
 
 
 class HybridCUDAWorker(StepReports, Worker):

@@ -18,10 +18,10 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, ModelRunn
 
 from vllm_hybrid.engine.scheduler import FOREIGN_PAGES, LIVE_COUNTS
 from vllm_hybrid.engine.warm_up import warm_up
+from vllm_hybrid.environment.waits import announced_wait
 from vllm_hybrid.frontend.picture_levels import tell_level
 from vllm_hybrid.levels import Levels
 from vllm_hybrid.startup.settings import hybrid_config
-from vllm_hybrid.startup.waits import announced_wait
 
 COMPILING_ATTENTION = (
     "having Triton compile the attention's kernels, on requests that are made up; they are kept in its cache"

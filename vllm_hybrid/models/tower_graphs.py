@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import torch
 from vllm.utils.torch_utils import current_stream
 
+from vllm_hybrid.environment.waits import announced_wait
 from vllm_hybrid.method.device_tokens import DeviceTokens
 from vllm_hybrid.models.clip import threshold_table
-from vllm_hybrid.startup.waits import announced_wait
 
 # Where vLLM's option says nothing. From about here on the device takes longer than the host does.
 DEFAULT_IMAGES = 4

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE
-from vllm_hybrid.startup.last_words import announced
+from vllm_hybrid.environment.last_words import announced
 
 
 def register(reason: str) -> None:

@@ -24,11 +24,11 @@ from vllm_hybrid.attention.select import compiles_cpp, serves_kv_dtype
 from vllm_hybrid.checkpoint.llava import ARCHITECTURE, check_format, check_shape, merging_layers, read_config
 from vllm_hybrid.checkpoint.weights import check_weights
 from vllm_hybrid.config import PROMPT_END, TURN_END, HybridConfig
+from vllm_hybrid.environment.compilers import c_compiler, cpp_compiler
+from vllm_hybrid.environment.faults import ADVICE
+from vllm_hybrid.environment.last_words import announced
 from vllm_hybrid.levels import HIGH, LOW, Level
 from vllm_hybrid.startup import overrides
-from vllm_hybrid.startup.compilers import c_compiler, cpp_compiler
-from vllm_hybrid.startup.environment_faults import ADVICE
-from vllm_hybrid.startup.last_words import announced
 
 # vLLM shows what its own loggers and those below them say.
 logger = init_logger(f"vllm.{__name__}")

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
+from vllm_hybrid.environment.faults import ADVICE, environment_fault
 from vllm_hybrid.errors import one_line
-from vllm_hybrid.startup.environment_faults import ADVICE, environment_fault
 
 # Below vLLM's, whose handler shows it.
 logger = logging.getLogger(f"vllm.{__name__}")
