@@ -20,15 +20,26 @@ from filelock import FileLock
 from vllm_hybrid.attention import cpu_build
 from vllm_hybrid.environment import waits
 
+# Without torch's headers, which take most of a compiler's time.
 SOURCE = """
-#include <pybind11/pybind11.h>
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("answer", [] { return 42; }); }
+#include <Python.h>
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "tiny_extension"};
+PyMODINIT_FUNC PyInit_tiny_extension() {
+  PyObject *made = PyModule_Create(&module);
+  PyModule_AddIntConstant(made, "answer", 42);
+  return made;
+}
+"""
+# Compiles the source when a file named "hold" beside it is gone, and at once what torch tries a compiler with.
+PATIENT_COMPILER = """#!/bin/sh
+case "$*" in *tiny*) while [ -e "$(dirname "$0")/hold" ]; do sleep 0.05; done ;; esac
+exec c++ "$@"
 """
 BUILD = """
 import sys
 from pathlib import Path
 from vllm_hybrid.attention.cpu_build import compile_extension
-print(compile_extension([Path(sys.argv[1])], "tiny_extension").answer())
+print(compile_extension([Path(sys.argv[1])], "tiny_extension").answer)
 """
 
 
@@ -53,14 +64,20 @@ def start_build(source: Path, **more: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_builds_at_once_and_after_a_killed_builder(source: Path) -> None:
-    killed = start_build(source)
+    compiler = source.with_name("patient")
+    compiler.write_text(PATIENT_COMPILER)
+    compiler.chmod(0o755)
+    hold = source.with_name("hold")
+    hold.touch()
+    killed = start_build(source, CXX=str(compiler))
     built = source.parent / "builds"
     while not list(built.glob("*/lock")) and killed.poll() is None:
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert list(built.glob("*/lock")), "the builder was to be killed while it holds torch's lock"
-    for builder in [start_build(source), start_build(source)]:
+    hold.unlink()
+    for builder in [start_build(source, CXX=str(compiler)) for _ in range(2)]:
         out, error = builder.communicate()
         assert out.strip() == "42", error
 
