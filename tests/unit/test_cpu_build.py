@@ -30,7 +30,7 @@ PyMODINIT_FUNC PyInit_tiny_extension() {
   return made;
 }
 """
-# Compiles the source when a file named "hold" beside it is gone, and at once what torch tries a compiler with.
+# Compiles the source when the file "hold" beside it is gone, and at once what torch tries a compiler with.
 PATIENT_COMPILER = """#!/bin/sh
 case "$*" in *tiny*) while [ -e "$(dirname "$0")/hold" ]; do sleep 0.05; done ;; esac
 exec c++ "$@"
