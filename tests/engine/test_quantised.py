@@ -1,14 +1,13 @@
 """Engines that merge and prune on quantised weights, against the reference with the weights that they mean.
 
-The tower runs in float16 here, as CPU kernels for four bits ask for, so near ties may fall otherwise than in the
-float32 reference; an answer's mean distance forgives that. What it must not be is as far as that of the weights before
-they were quantised, or of all tokens.
+Kernels for four bits do not compute in float32, so near ties may fall otherwise than in the reference, and no
+answer is the reference's to the last digit. But it is near, and far from what the weights before they were
+quantised, or all tokens, would give.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from tests.support.engines import (
     serve,
 )
 from tests.support.quantised_checkpoints import (
+    FLOAT8,
     IGNORED,
     KINDS,
     float8_channels,
@@ -36,9 +36,9 @@ from tests.support.tiny_checkpoints import make_images, prompt
 from vllm_hybrid.tools.prepare import prepare
 
 DTYPE = torch.float16
-# Mean distance of log probabilities. Inputs in float16 move them by 0.01 at most, in 8 bits by 0.06, in stock
-# vLLM as here; other weights or tokens by 0.25 and more.
-NEAR = {"W8A8": 0.1, "W4A16": 0.03, "GPTQ": 0.03, "AWQ": 0.03, "fp8_per_channel": 0.1}
+# Mean distance of log probabilities. On a CPU it was 0.02 at most with inputs in float16 and 0.03 in int8, in
+# stock vLLM too; with other weights or all tokens it was 0.2 to 0.7.
+NEAR = {"W8A8": 0.1, "W4A16": 0.05, "GPTQ": 0.05, "AWQ": 0.05}
 FAR = 2
 NAMES: dict[str, Literal["old", "new"]] = {"W8A8": "new", "W4A16": "old", "GPTQ": "new", "AWQ": "old"}
 
@@ -80,18 +80,46 @@ def serve_prepared(kind: str, folder: Path) -> tuple[Served, Path]:
     return serve(section, out, meaning=meaning, dtype="float16", hf_overrides={}), source
 
 
-def check_near(kind: str, served: Served, source: Path) -> None:
-    """The answers are those of the reference, and neither of other weights nor of all tokens."""
-    asked = asks()
-    answers = served.generate(asked, 4)
-    near = distance(served.reference, asked, answers)
-    weights = distance(ServingReference(source, served.hybrid), asked, answers)
-    everything = distance(ServingReference(source, {}), asked[:1], answers[:1])
-    assert near < NEAR[kind], f"{near} from the reference, {weights} from the plain weights"
-    assert weights > FAR * NEAR[kind] and everything > FAR * NEAR[kind], (near, weights, everything)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_of_the_weights_that_are_meant(kind: str, folder: Path) -> None:
     served, source = serve_prepared(kind, folder)
-    check_near(kind, served, source)
+    asked = asks()
+    answers = served.generate(asked, 4)
+    near = distance(served.reference, asked, answers)
+    assert near < NEAR[kind], f"{near} from the reference"
+    others = {
+        "all tokens": ServingReference(source, {}),
+        "other weights": ServingReference(source, served.hybrid),
+    }
+    far = {name: distance(other, asked[:1], answers[:1]) for name, other in others.items()}
+    assert min(far.values()) > FAR * NEAR[kind], f"{far}, while the reference is at {near}"
+
+
+def test_vllm_may_quantise_the_language_model_itself(folder: Path) -> None:
+    meaning = write_meaning(checkpoint(), folder / "float8", float8_channels, DTYPE)
+    options: dict[str, Any] = {
+        "quantization": "fp8_per_channel",
+        "quantization_config": {"ignore": ["vision_tower.*", "multi_modal_projector.*"]},
+    }
+    served = serve(hybrid_section("both"), meaning=meaning, dtype="float16", **options)
+    asked = asks()
+    # Inputs of three bits are near no more than this: 0.1 was seen.
+    assert distance(served.reference, asked, served.generate(asked, 4)) < 0.2
+    worker = served.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    for part, dtype in (
+        ("language_model.model.layers.0.self_attn.qkv_proj", FLOAT8),
+        ("vision_tower.vision_model.encoder.layers.0.mlp.fc1", DTYPE),
+        ("multi_modal_projector.linear_1", DTYPE),
+    ):
+        assert worker.get_model().get_submodule(part).weight.dtype == dtype
+
+
+def test_weights_that_a_quantised_checkpoint_lacks_are_missed(folder: Path) -> None:
+    """The configuration leaves the tower out by a name that vLLM's model does not have."""
+    misnamed = [name.replace("re:", "re:model.") for name in IGNORED]
+    path = write_quantised(checkpoint(), folder / "misnamed", KINDS["W8A8"], DTYPE, misnamed)
+    before, _ = serve_prepared("W8A8", folder)
+    with pytest.raises(ValueError, match=r"not initialized from checkpoint.*vision_tower.*weight_scale"):
+        serve(hybrid_section("both"), path, meaning=checkpoint(), dtype="float16")
+    # Engines that were there go on.
+    assert before.generate([Ask("Numbers: 0 1 2 3")], 2)
