@@ -37,8 +37,8 @@ from tests.support.tiny_checkpoints import prompt
 from vllm_hybrid.tools.prepare import prepare
 
 DTYPE = torch.float16
-# Mean distance of log probabilities. On a CPU it was 0.004 at most with inputs in float16 and 0.03 in int8, in
-# stock vLLM too; with other weights or all tokens it was 0.34 and more.
+# Mean distance of log probabilities. On a CPU it was 0.004 at most with inputs in float16 and 0.03 in int8,
+# in stock vLLM too; with other weights or all tokens it was 0.34 and more.
 NEAR = {"W8A8": 0.1, "W4A16": 0.03, "GPTQ": 0.03, "AWQ": 0.03}
 FAR = 2
 NAMES: dict[str, Literal["old", "new"]] = {"W8A8": "new", "W4A16": "old", "GPTQ": "new", "AWQ": "old"}
