@@ -245,12 +245,15 @@ def images(count: int = 8) -> tuple[Image.Image, ...]:
 _engines: dict[str, Served] = {}
 
 
-def serve(hybrid: dict[str, Any], path: Path | None = None, **options: Any) -> Served:
+def serve(
+    hybrid: dict[str, Any], path: Path | None = None, *, meaning: Path | None = None, **options: Any
+) -> Served:
     """The engine of a configuration, started on first use.
 
     Args:
         hybrid: the hybrid section; {} switches everything off.
         path: the checkpoint; the plain tiny one if left out.
+        meaning: the checkpoint that the reference reads, where it cannot read the engine's.
         options: arguments of vLLM's `LLM` that differ from the tests' usual ones.
 
     Returns:
@@ -260,7 +263,8 @@ def serve(hybrid: dict[str, Any], path: Path | None = None, **options: Any) -> S
     path = path or checkpoint()
     key = json.dumps([hybrid, str(path), options], sort_keys=True, default=str)
     if key not in _engines:
-        _engines[key] = Served(_start(hybrid, path, options), ServingReference(path, hybrid), hybrid)
+        reference = ServingReference(meaning or path, hybrid)
+        _engines[key] = Served(_start(hybrid, path, options), reference, hybrid)
     return _engines[key]
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from tests.support.quantised_checkpoints import KINDS, write_quantised
 from tests.support.tiny_checkpoints import write_checkpoint
 from vllm_hybrid.checkpoint.assistant_header import find_assistant_header
 from vllm_hybrid.checkpoint.llava import load_config, load_tower, merging_layers
@@ -1000,6 +1001,22 @@ def test_a_quantised_decoder_is_not_compared(
     QUANTISED[place](source)
     prepare(source, tmp_path / "out")
     load_tower(source)
+
+
+def test_thresholds_of_a_quantised_checkpoint_are_the_plain_ones(tmp_path: Path) -> None:
+    """Its tower is plain; the weights are linked as they are, and the configuration says what they are."""
+    source = write_checkpoint(tmp_path / "plain", names="new", architecture="LlavaForConditionalGeneration")
+    write_pictures(tmp_path / "pictures", 2)
+    made = {"plain": source}
+    for kind in ("W8A8", "GPTQ"):
+        made[kind] = write_quantised(source, tmp_path / kind, KINDS[kind], torch.float32)
+    for kind, checkpoint in made.items():
+        out = tmp_path / f"{kind}-out"
+        prepare(checkpoint, out, images=tmp_path / "pictures", tokens=200)
+        assert section(out) == section(tmp_path / "plain-out")
+        before, after = (json.loads((f / "config.json").read_text()) for f in (checkpoint, out))
+        assert before.get("quantization_config") == after.get("quantization_config")
+        assert (out / "model.safetensors").samefile(checkpoint / "model.safetensors")
 
 
 def test_a_quantised_decoder_excuses_no_tower(

@@ -510,6 +510,37 @@ def test_quantised_weights_are_vllms_to_load(place: str, tmp_path: Path) -> None
     assert serve_arguments(path, *options).model_config.quantization is not None
 
 
+def test_plain_weights_that_vllm_quantises_are_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "llava"
+    shutil.copytree(checkpoint(), path)
+    options = ["--dtype", "float16", "--quantization", "fp8_per_channel"]
+    config = serve_arguments(path, *options)
+    # vLLM itself looks only where nothing is quantised.
+    assert config.load_config.model_loader_extra_config == {"enable_weights_track": True}
+    with_more_layers(path)
+    with pytest.raises(ValueError, match=r"lacks the weight model\.vision_tower\.encoder\.layers\.4\."):
+        serve_arguments(path, *options)
+
+
+def test_who_says_how_weights_are_loaded_is_heard() -> None:
+    options = ["--dtype", "float16", "--quantization", "fp8_per_channel"]
+    said = '{"enable_weights_track": false, "num_threads": 2}'
+    config = serve_arguments(checkpoint(), *options, "--model-loader-extra-config", said)
+    assert config.load_config.model_loader_extra_config == json.loads(said)
+    assert serve_arguments(checkpoint()).load_config.model_loader_extra_config == {}
+
+
+@pytest.mark.parametrize("name", ["int8_per_channel_weight_only", "online"])
+def test_quantising_experts_alone_is_refused(name: str) -> None:
+    """vLLM would start, with nothing quantised."""
+    options = {"dtype": "float16", "quantization": name}
+    experts = {"moe": "int8_per_channel_weight_only"} if name == "online" else None
+    with pytest.raises(ValueError, match=rf"quantising experts alone \(--quantization {name}\), which this"):
+        configure(MERGES, **options, quantization_config=experts)
+    linear = {"linear": "fp8_per_channel"}
+    assert configure(MERGES, **options, quantization_config=linear).model_config.quantization == name
+
+
 def test_weights_that_are_not_loaded_are_not_looked_at(tmp_path: Path) -> None:
     path = tmp_path / "llava"
     shutil.copytree(checkpoint(), path)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 from vllm.config import CUDAGraphMode, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES, QuantizationConfigArgs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -43,6 +44,8 @@ WORKERS = {
 }
 # Ways of loading that read safetensors files where there are any.
 CHECKED_FORMATS = ("auto", "hf", "safetensors")
+# A key of vLLM's --model-loader-extra-config.
+TRACKS_WEIGHTS = "enable_weights_track"
 # Of each, what it means; a process has one model, or a few one after the other.
 _REMEMBERED_SECTIONS = 16
 GRAPH_MODES = ("default", "NONE", "FULL_DECODE_ONLY")
@@ -105,6 +108,7 @@ class HybridSettings(VerifyAndUpdateConfig):
         check_shape(model_config.hf_config)
         hybrid = hybrid_config(model_config.hf_config)
         check_files(vllm_config)
+        _demand_all_weights(vllm_config)
         if current_platform.is_cuda():
             sample_without_flashinfer()
         if hybrid.active:
@@ -135,7 +139,22 @@ def check_files(vllm_config: VllmConfig) -> None:
         check_format(source, read_config(source) | served)
     folder = Path(model_config.model)
     if vllm_config.load_config.load_format in CHECKED_FORMATS and any(folder.glob("*.safetensors")):
-        check_weights(folder, model_config.hf_config, quantised=model_config.quantization is not None)
+        # What vLLM quantises itself is plain in the checkpoint.
+        quantised = model_config.quantization not in (None, *ONLINE_QUANT_SHORTHAND_NAMES)
+        check_weights(folder, model_config.hf_config, quantised=quantised)
+
+
+def _demand_all_weights(vllm_config: VllmConfig) -> None:
+    """Have vLLM's loader end the start where a quantised checkpoint lacks a weight.
+
+    By itself it looks only where nothing is quantised. An int8 checkpoint whose configuration leaves a part
+    out by a name that this model does not have would have that part's weights cut to integers, and serve.
+    """
+    load = vllm_config.load_config
+    extra = load.model_loader_extra_config
+    quantised = vllm_config.model_config.quantization is not None
+    if quantised and load.load_format in CHECKED_FORMATS and isinstance(extra, dict):
+        load.model_loader_extra_config = {TRACKS_WEIGHTS: True} | extra
 
 
 def check_compiler() -> None:
@@ -273,6 +292,9 @@ def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[s
         "a KV cache with scales for each head (kv_cache_scheme of the checkpoint)": _scales_heads(
             vllm_config
         ),
+        f"quantising experts alone (--quantization {model.quantization}), which this model does not have,": (
+            _quantises_experts_alone(model)
+        ),
         "prompts given as embeddings (--enable-prompt-embeds)": bool(model.enable_prompt_embeds),
         # Its requests reach the engine unchecked. vLLM's own view of the environment may be frozen.
         f"vLLM's front end in Rust ({RUST_FRONT_END}=1)": os.environ.get(RUST_FRONT_END, "0")
@@ -310,6 +332,13 @@ def unsupported_options(vllm_config: VllmConfig, hybrid: HybridConfig) -> list[s
 def _scales_heads(vllm_config: VllmConfig) -> bool:
     scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
     return scheme is not None and scheme.get("strategy") == "attn_head"
+
+
+def _quantises_experts_alone(model: ModelConfig) -> bool:
+    """Whether vLLM is to quantise plain weights, but those of no linear layer."""
+    asked = model.quantization_config
+    online = model.quantization in ONLINE_QUANT_SHORTHAND_NAMES
+    return online and isinstance(asked, QuantizationConfigArgs) and asked.linear is None and not asked.targets
 
 
 def _complete(vllm_config: VllmConfig, hybrid: HybridConfig) -> None:
