@@ -41,7 +41,7 @@ class RankThreads:
 
         Raises:
             RuntimeError: a rank waited in an exchange for one that had ended, or they came with tensors of
-                unlike shapes or dtypes; what a rank itself raises comes first.
+                unlike shapes or dtypes, or of whole numbers, which vLLM does not exchange on CPUs.
 
         """
         with ThreadPoolExecutor(self.size) as pool:
@@ -71,4 +71,6 @@ class RankThreads:
             raise RuntimeError(f"ranks {sorted(absent)} never came to exchange {number}")
         if len({(one.shape, one.dtype) for one in parts.values()}) > 1:
             raise RuntimeError(f"ranks came to exchange {number} with unlike tensors")
+        if not part.is_floating_point():
+            raise RuntimeError(f"ranks came to exchange {number} with whole numbers")
         return torch.stack([parts[each] for each in range(self.size)])

@@ -79,11 +79,12 @@ def test_every_rank_has_the_whole_batch(size: int, images: int, dtype: torch.dty
         (lambda ranks: ranks.own and ranks.gather(torch.zeros(2)), r"ranks \[0\] never came to exchange 0"),
         (lambda ranks: ranks.gather(torch.zeros(1 + ranks.own)), "exchange 0 with unlike tensors"),
         (
-            lambda ranks: ranks.gather(torch.zeros(1, dtype=(torch.int64, torch.int32)[ranks.own])),
+            lambda ranks: ranks.gather(torch.zeros(1, dtype=(torch.float32, torch.float16)[ranks.own])),
             "exchange 0 with unlike tensors",
         ),
+        (lambda ranks: ranks.gather(torch.zeros(1, dtype=torch.int64)), "exchange 0 with whole numbers"),
     ],
-    ids=["absent", "shape", "dtype"],
+    ids=["absent", "shape", "dtype", "whole numbers"],
 )
 def test_ranks_that_do_not_come_alike_are_noticed(work: Callable[[Ranks], object], sentence: str) -> None:
     """Of the ranks above, which real ones would wait for, or take for what they are not."""

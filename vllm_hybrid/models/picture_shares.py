@@ -26,8 +26,8 @@ class Ranks:
     Attributes:
         size: how many there are.
         own: the number of this one, from 0.
-        gather: called by all of them with tensors of one shape [...], it gives each [size, ...], in the order
-            of the ranks.
+        gather: called by all of them with floating-point tensors of one shape [...] and dtype, it gives each
+            [size, ...], in the order of the ranks.
 
     """
 
@@ -61,7 +61,8 @@ def share_out(
     shares = ranks.shares(images)
     own = shares[ranks.own]
     live = nothing if own.start == own.stop else encode(own)
-    owner = _exchange(live.owner, [share.stop - share.start for share in shares], ranks)
+    # vLLM's exchange through shared memory takes no whole numbers; float32 holds these exactly.
+    owner = _exchange(live.owner.float(), [share.stop - share.start for share in shares], ranks).long()
     # Every live token owns a patch, so the last one's number says how many there are.
     counts = (owner.amax(dim=1) + 1).tolist()
     features = _exchange(live.features, [sum(counts[share]) for share in shares], ranks)

@@ -14,7 +14,10 @@ from vllm_hybrid.models.picture_shares import Ranks
 
 
 def gather_from_ranks(part: torch.Tensor) -> torch.Tensor:
-    """[ranks, ...] of tensors [...] that have one shape on all ranks, in the order of the ranks."""
+    """[ranks, ...] of tensors [...] that have one shape on all ranks, in the order of the ranks.
+
+    Of floating-point tensors: on CPUs vLLM's gather through shared memory takes no others.
+    """
     return tensor_model_parallel_all_gather(part[None], dim=0)
 
 
