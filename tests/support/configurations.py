@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -24,9 +25,11 @@ LEVELS = {
 }
 
 
-def configure(hybrid: Any, architecture: str | None = None, **options: Any) -> VllmConfig:
-    """The configuration `vllm serve` would start with."""
-    path = checkpoint(architecture=architecture) if architecture else checkpoint()
+def configure(
+    hybrid: Any, architecture: str | None = None, path: Path | None = None, **options: Any
+) -> VllmConfig:
+    """The configuration `vllm serve` would start with, of the plain tiny checkpoint or another one."""
+    path = path or (checkpoint(architecture=architecture) if architecture else checkpoint())
     usual: dict[str, Any] = {"max_model_len": 2048, "dtype": "float32", "enforce_eager": True}
     overrides = {} if architecture else {"hf_overrides": {"hybrid": hybrid}}
     return EngineArgs(model=str(path), **(usual | overrides | options)).create_engine_config()

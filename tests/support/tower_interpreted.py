@@ -12,6 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import math  # noqa: E402
 import random  # noqa: E402
+import threading  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 from typing import Any, cast  # noqa: E402
@@ -22,6 +23,7 @@ from torch import nn  # noqa: E402
 
 from tests.support import kernel_memory, reference  # noqa: E402
 from tests.support.compiled_kernels import noted_launches  # noqa: E402
+from tests.support.rank_threads import RankThreads  # noqa: E402
 from tests.support.step_trace import trace_step  # noqa: E402
 from tests.support.triton_interpreter import spare_repeated_work  # noqa: E402
 from vllm_hybrid.attention.gpu import GpuAttention  # noqa: E402
@@ -33,10 +35,13 @@ from vllm_hybrid.method.token_merging import LiveTokens  # noqa: E402
 from vllm_hybrid.models import clip  # noqa: E402
 from vllm_hybrid.models.clip import encode_merged, rows_that_merge, threshold_values  # noqa: E402
 from vllm_hybrid.models.clip_on_device import DeviceEncoder, run_layers  # noqa: E402
+from vllm_hybrid.models.llava import LlavaHybridForConditionalGeneration  # noqa: E402
+from vllm_hybrid.models.picture_shares import Ranks  # noqa: E402
 from vllm_hybrid.models.tower_capacity import BUCKETS, FEWEST  # noqa: E402
 
 spare_repeated_work()
 TOWER = GpuTower()
+INTERPRETER = threading.Lock()
 
 
 @pytest.fixture(autouse=True)
@@ -76,9 +81,11 @@ class _Layer(nn.Module):
 
 def make_tower(layers: int, heads: int, head_dim: int) -> Any:
     """Takes the first layer's rows [images, 1 + P, C] for pixels."""
+    embeddings = nn.Identity()
+    embeddings.class_embedding = nn.Parameter(torch.zeros(heads * head_dim))
     vision = SimpleNamespace(
         dtype=torch.float32,
-        embeddings=lambda rows: rows,
+        embeddings=embeddings,
         pre_layrnorm=lambda rows: rows,
         encoder=SimpleNamespace(layers=nn.ModuleList(_Layer(heads, head_dim) for _ in range(layers))),
     )
@@ -426,6 +433,85 @@ def test_replays_have_the_fewest_rows_that_are_enough(seed: int) -> None:
     assert (whole.replays, fewest.replays) == (1, 1)
     check(encoder.encode(tower, busy[None], [thresholds]), [busy_tokens])
     assert (whole.replays, fewest.replays, encoder.capacity.reruns) == (2, 2, 1)
+
+
+# ---- several ranks with the whole tower -------------------------------------------------------------
+
+
+class Rank:
+    """What the served model has to encode pictures with, where every rank has the whole tower."""
+
+    def __init__(self, tower: Any, encoder: DeviceEncoder, patches: int, ranks: Ranks) -> None:
+        self.vision_tower, self.patches = tower, patches
+        self._device_encoder, self._tower_ranks, self._ops = encoder, ranks, GpuAttention()
+
+    def encode(self, rows: torch.Tensor, thresholds: Any) -> LiveTokens:
+        """Its batch, with the other ranks."""
+        return LlavaHybridForConditionalGeneration._encode(cast(Any, self), rows, thresholds)
+
+    def _encode_here(self, rows: torch.Tensor, thresholds: Any) -> LiveTokens:
+        # The interpreter runs one kernel at a time.
+        with INTERPRETER:
+            return LlavaHybridForConditionalGeneration._encode_here(cast(Any, self), rows, thresholds)
+
+
+def encode_by_ranks(
+    tower: Any, encoders: Sequence[DeviceEncoder], rows: torch.Tensor, thresholds: Sequence[Any]
+) -> list[LiveTokens]:
+    """What each rank has of a batch that all of them encode; they meet twice."""
+    group = RankThreads(len(encoders))
+
+    def work(ranks: Ranks) -> LiveTokens:
+        rank = Rank(tower, encoders[ranks.own], rows.shape[1] - 1, ranks)
+        return rank.encode(rows, thresholds)
+
+    found = group.run(work)
+    assert group.exchanges == [2] * len(encoders)
+    return found
+
+
+@torch.inference_mode()
+def test_ranks_guess_rows_for_their_shares_each_for_itself(seed: int) -> None:
+    """One guesses right, one has to run its share again, one merges nothing; then two have no picture."""
+    thresholds, never, patches, width = (0.9, 0.9), (NONE, NONE), 48, 32
+    tower = make_tower(2, 2, 16)
+    encoders = [DeviceEncoder(TOWER, patches) for _ in range(3)]
+    flat = [decided(tower, patches, width, 0.05, thresholds) for _ in range(2)]
+    busy = [decided(tower, patches, width, 2.0, thresholds) for _ in range(2)]
+    plain = [decided(tower, patches, width, 0.5, never)]
+    few = max(len(tokens.members) for _, tokens in flat)
+    for encoder in encoders[:2]:
+        for _ in range(FEWEST):
+            encoder.capacity.learn([thresholds], [[1 + patches], [few]])
+    pictures = flat + busy + plain
+    rows = torch.stack([own for own, _ in pictures])
+    found = encode_by_ranks(tower, encoders, rows, [thresholds] * 4 + [never])
+    assert [(e.capacity.batches, e.capacity.reruns) for e in encoders] == [(1, 0), (1, 1), (0, 0)]
+    found += encode_by_ranks(tower, encoders, rows[:1], [thresholds])
+    for wanted, of_ranks in ((pictures, found[:3]), (pictures[:1], found[3:])):
+        check(of_ranks[0], [tokens for _, tokens in wanted])
+        for other in of_ranks[1:]:
+            assert other.counts == of_ranks[0].counts
+            for name in ("features", "image", "index", "owner"):
+                assert torch.equal(getattr(other, name), getattr(of_ranks[0], name))
+
+
+@torch.inference_mode()
+def test_a_batch_that_ranks_share_waits_once_more(seed: int) -> None:
+    """For the live tokens of the others' pictures, also where it has none itself."""
+    tower = make_tower(2, 2, 16)
+    rows = torch.stack([picture(40, 32, 0.4) for _ in range(2)])
+    waits = []
+    for own, images in ((0, 2), (1, 1)):
+        # Ranks that are all alike: a share of one picture, or of none.
+        ranks = Ranks(2, own, lambda part: torch.stack([part, part]))
+        with trace_step() as trace:
+            live = Rank(tower, DeviceEncoder(TOWER, 40), 40, ranks).encode(
+                rows[:images], [(0.9, 0.9)] * images
+            )
+        assert len(live.counts) == images
+        waits.append(trace.waits)
+    assert waits == [["Tensor.tolist"] * 2, ["Tensor.tolist"]]
 
 
 # ---- launches and waits ---------------------------------------------------------------------------

@@ -6,14 +6,17 @@ of its own and leaves the test's engines alone. Reads `Work` from a folder, writ
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from tests.support.engines import Ask, serve
 from tests.support.paths import ROOT
@@ -35,27 +38,47 @@ class ImageChoice(NamedTuple):
     kept: tuple[int, ...]
 
 
+class Batch(NamedTuple):
+    """A batch of images: how many, how many this rank's tower encoded, and a digest of the outputs."""
+
+    images: int
+    own: int
+    outputs: str
+
+
 @dataclass
 class Work:
-    """What to serve and ask. Each of `asks` is answered in `tokens` tokens."""
+    """What to serve and ask. `rounds` come one after the other; each request is answered in `tokens` tokens.
+
+    `apart` asks for all of it again, with every rank left to score by its own heads.
+    """
 
     checkpoint: Path
     hybrid: dict[str, Any]
-    asks: list[Ask]
+    rounds: list[list[Ask]]
     tokens: int
+    apart: bool = False
+
+    @property
+    def asks(self) -> list[Ask]:
+        """All requests."""
+        return [ask for asks in self.rounds for ask in asks]
 
 
 @dataclass
 class Found:
-    """Answers as vLLM gives them, and the choices of each rank.
+    """Answers as vLLM gives them; of each rank its choices, its batches, and the heads that its tower has.
 
-    `apart` and `apart_outputs` are the same, for one token, with every rank left to score by its own heads.
+    `apart` and `apart_outputs` are the choices and answers, of one token, of ranks that score by their own
+    heads.
     """
 
     outputs: list[Any]
     choices: list[list[ImageChoice]]
-    apart_outputs: list[Any]
-    apart: list[list[ImageChoice]]
+    batches: list[list[Batch]]
+    tower_heads: list[int]
+    apart_outputs: list[Any] = field(default_factory=list)
+    apart: list[list[ImageChoice]] = field(default_factory=list)
 
 
 class RankView:
@@ -79,6 +102,40 @@ class RankView:
         taken, self.seen_choices = self.seen_choices, []
         return taken
 
+    def watch_tower(self) -> None:
+        """Remember the batches of all later steps."""
+        self.seen_batches: list[Batch] = []
+        model = self.model_runner.get_model()
+        encode, embed = model.vision_tower.vision_model.embeddings.forward, model.embed_multimodal
+        own = 0
+
+        def counted(pixels: torch.Tensor) -> torch.Tensor:
+            nonlocal own
+            own += len(pixels)
+            return encode(pixels)
+
+        def noted(**inputs: Any) -> Any:
+            nonlocal own
+            own = 0
+            outputs = embed(**inputs)
+            digest = hashlib.sha256()
+            for output in outputs:
+                digest.update(output.contiguous().numpy().tobytes())
+            self.seen_batches.append(Batch(len(outputs), own, digest.hexdigest()))
+            return outputs
+
+        model.vision_tower.vision_model.embeddings.forward, model.embed_multimodal = counted, noted
+
+    def take_batches(self) -> list[Batch]:
+        """The batches since the last call."""
+        taken, self.seen_batches = self.seen_batches, []
+        return taken
+
+    def tower_heads(self) -> int:
+        """Heads of the vision tower that this rank has."""
+        tower = self.model_runner.get_model().vision_tower.vision_model
+        return tower.encoder.layers[0].self_attn.num_heads_per_partition
+
     def score_by_own_heads(self) -> None:
         """Leave FastV's importances unreduced from now on."""
         from vllm_hybrid.models import step
@@ -99,13 +156,18 @@ def answer(work: Work) -> Found:
         max_num_batched_tokens=2048 + 16,
     )
     assert len(served.llm.collective_rpc("watch_choices")) == RANKS
-    outputs = served.generate(work.asks, work.tokens)
+    served.llm.collective_rpc("watch_tower")
+    outputs = [output for asks in work.rounds for output in served.generate(asks, work.tokens)]
     choices = served.llm.collective_rpc("take_choices")
-    served.llm.collective_rpc("score_by_own_heads")
-    # What is found there was chosen before.
-    assert served.llm.reset_prefix_cache()
-    apart_outputs = served.generate(work.asks, 1)
-    return Found(outputs, choices, apart_outputs, served.llm.collective_rpc("take_choices"))
+    batches, heads = (served.llm.collective_rpc(name) for name in ("take_batches", "tower_heads"))
+    found = Found(outputs, choices, batches, heads)
+    if work.apart:
+        served.llm.collective_rpc("score_by_own_heads")
+        # What is found there was chosen before.
+        assert served.llm.reset_prefix_cache()
+        found.apart_outputs = served.generate(work.asks, 1)
+        found.apart = served.llm.collective_rpc("take_choices")
+    return found
 
 
 def answer_in_own_process(work: Work, folder: Path) -> Found:

@@ -38,7 +38,7 @@ WITHOUT_VLLM = (
     *("errors", "files", "levels", "config", "environment", "method", "kv/page_facts", "doctor"),
     *("attention/interface", "attention/reference", "attention/cpu.py", "attention/cpu_build"),
     *("attention/gpu", "attention/triton_kernels"),
-    "models/encoder_output",
+    *("models/encoder_output", "models/picture_shares"),
 )
 # The tools beside the server need nothing that only a server loads.
 SERVER = ("attention", "frontend", "models", "engine", "registration")

@@ -160,6 +160,37 @@ def test_nothing_switched_on_leaves_vllms_settings_alone(hybrid: Any) -> None:
     assert ours.parallel_config.worker_cls == stock.parallel_config.worker_cls
 
 
+@pytest.mark.parametrize("hybrid", [None, MERGES, PRUNES], ids=["off", "merging", "pruning"])
+@pytest.mark.parametrize(
+    ("heads", "asked", "mode"),
+    [
+        (3, None, "data"),
+        (3, "weights", "data"),
+        (3, "data", "data"),
+        (2, None, "weights"),
+        (2, "data", "data"),
+    ],
+)
+def test_ranks_have_whole_towers_where_heads_do_not_divide(
+    heads: int, asked: Any, mode: str, hybrid: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(settings.logger, "info", lambda text, *values: said.append(text % values))
+    path = checkpoint(vision_heads=heads, vision_hidden=96)
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    made = configure(hybrid, path=path, mm_encoder_tp_mode=asked, **options)
+    assert made.model_config.multimodal_config.mm_encoder_tp_mode == mode
+    found = [sentence for sentence in said if "--mm-encoder-tp-mode" in sentence]
+    switched = mode != (asked or "weights")
+    assert len(found) == switched
+    assert all("set from weights to data" in one and "3 heads cannot be divided by 2" in one for one in found)
+
+
+def test_a_language_model_whose_heads_do_not_divide_is_vllms_to_refuse() -> None:
+    with pytest.raises(ValueError, match=r"Total number of attention heads \(4\) must be divisible by"):
+        configure(MERGES, tensor_parallel_size=3, distributed_executor_backend="mp")
+
+
 @pytest.fixture
 def without_flashinfer(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

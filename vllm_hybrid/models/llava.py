@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vllm.model_executor.models.llava import (
     init_vision_tower_for_llava,
 )
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
+from vllm.model_executor.models.vision import run_dp_sharded_vision_model
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
@@ -33,7 +35,9 @@ from vllm_hybrid.models import encoder_output
 from vllm_hybrid.models.clip import encode_merged
 from vllm_hybrid.models.clip_on_device import DeviceEncoder
 from vllm_hybrid.models.llama import HybridLlamaForCausalLM
+from vllm_hybrid.models.picture_shares import no_tokens, share_out
 from vllm_hybrid.models.row_padding import map_row_chunks
+from vllm_hybrid.models.tensor_parallel import ranks_with_whole_towers
 from vllm_hybrid.models.tower_graphs import DEFAULT_IMAGES, TowerGraphs
 from vllm_hybrid.startup.settings import check_options, hybrid_config, num_patches
 
@@ -49,6 +53,8 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
     carries the live token that owns *its* patch, and the image's level.
     """
 
+    # Unlike vLLM's own LLaVA, whose tower is always divided by heads.
+    supports_encoder_tp_data = True
     # The hub writes the tower's weights with "vision_model.", transformers 5 without.
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
         orig_to_new_prefix={
@@ -67,6 +73,7 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         else:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.hybrid = hybrid
+        self._tower_ranks = ranks_with_whole_towers(self.multimodal_config)
         self._images: StepImages | None = None
         # Live tokens of encoder outputs, as long as somebody holds them.
         self._live_counts: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
@@ -147,11 +154,30 @@ class LlavaHybridForConditionalGeneration(LlavaForConditionalGeneration):
         return self._remember(outputs, live.counts)
 
     def _encode(self, pixel_values: torch.Tensor, thresholds: Sequence[Thresholds | None]) -> LiveTokens:
-        """Images through the tower, each with its thresholds."""
+        """Images through the tower, each with its thresholds; in shares where every rank has all of it."""
+
+        def encode(some: slice) -> LiveTokens:
+            return self._encode_here(pixel_values[some], thresholds[some])
+
+        images = len(pixel_values)
+        if self._tower_ranks is None:
+            return encode(slice(images))
+        nothing = no_tokens(self.patches, self.vision_tower.vision_model.embeddings.class_embedding)
+        return share_out(encode, images, nothing, self._tower_ranks)
+
+    def _encode_here(self, pixel_values: torch.Tensor, thresholds: Sequence[Thresholds | None]) -> LiveTokens:
+        """Images through this rank's tower."""
         merge = any(one not in (None, math.inf) for own in thresholds for one in own or ())
         if self._device_encoder is None or not merge:
             return encode_merged(self.vision_tower, pixel_values, thresholds, self._ops)
         return self._device_encoder.encode(self.vision_tower, pixel_values, thresholds)
+
+    def _image_pixels_to_features(self, vision_tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        """vLLM's own tower, with nothing switched on."""
+        encode = partial(super()._image_pixels_to_features, vision_tower)
+        if self._tower_ranks is None:
+            return encode(pixel_values)
+        return run_dp_sharded_vision_model(pixel_values, encode)
 
     def _level_numbers(self, asked: Sequence[int] | None, images: int) -> list[int]:
         """The number of each image's level; a profiling run's are as costly as any can be."""

@@ -111,6 +111,7 @@ class HybridSettings(VerifyAndUpdateConfig):
         _demand_all_weights(vllm_config)
         if current_platform.is_cuda():
             sample_without_flashinfer()
+        give_ranks_whole_towers(vllm_config)
         if hybrid.active:
             check_options(vllm_config)
             check_compiler()
@@ -204,6 +205,26 @@ def sample_without_flashinfer() -> None:
             "flashinfer-python or unset the variable"
         )
     logger.info("vllm-hybrid: flashinfer is not installed; vLLM's own kernels sample.")
+
+
+def give_ranks_whole_towers(vllm_config: VllmConfig) -> None:
+    """Have every rank hold all of the vision tower where its heads cannot be divided among them.
+
+    Each then encodes its share of the pictures. vLLM would fail when it builds the tower, whose heads it
+    divides unless ``--mm-encoder-tp-mode`` is ``data``. The language model's heads are vLLM's to check.
+    """
+    model = vllm_config.model_config
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    heads = model.hf_config.vision_config.num_attention_heads
+    if heads % ranks == 0 or model.multimodal_config.mm_encoder_tp_mode == "data":
+        return
+    logger.info(
+        "vllm-hybrid: --mm-encoder-tp-mode set from weights to data, because the vision tower's %d heads "
+        "cannot be divided by %d: each rank has the whole tower and encodes its share of the pictures.",
+        heads,
+        ranks,
+    )
+    model.multimodal_config.mm_encoder_tp_mode = "data"
 
 
 def _graph_mode(vllm_config: VllmConfig) -> str:
