@@ -564,7 +564,7 @@ def test_who_says_how_weights_are_loaded_is_heard() -> None:
 @pytest.mark.parametrize("name", ["int8_per_channel_weight_only", "online"])
 def test_quantising_experts_alone_is_refused(name: str) -> None:
     """vLLM would start, with nothing quantised."""
-    options = {"dtype": "float16", "quantization": name}
+    options: dict[str, Any] = {"dtype": "float16", "quantization": name}
     experts = {"moe": "int8_per_channel_weight_only"} if name == "online" else None
     with pytest.raises(ValueError, match=rf"quantising experts alone \(--quantization {name}\), which this"):
         configure(MERGES, **options, quantization_config=experts)
