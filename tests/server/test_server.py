@@ -223,6 +223,10 @@ def test_embeddings_of_no_whole_image_are_refused_and_the_server_goes_on(client:
     for parts in [[whole.long()], *([part] for part in wrong), *([whole, part] for part in wrong)]:
         with pytest.raises(BadRequestError, match="image_embeds of an image|hidden dimension mismatch"):
             ask_parts(client, *map(embeddings_part, parts), {"type": "text", "text": QUESTION})
+    part = embeddings_part(whole)
+    with pytest.raises(BadRequestError, match="image_embeds of an image is an object"):
+        named = part | {"image_embeds": {"image_embeds": part["image_embeds"]}}
+        ask_parts(client, named, {"type": "text", "text": QUESTION})
     assert said(ask(client, url()))
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -215,21 +216,38 @@ def test_vlmevalkit_itself_gives_the_scores_of_eval(tmp_path: Path, server: Fake
     assert ours["CIDEr"] > 1
 
 
-def test_lmms_eval_itself_runs_the_example_task(tmp_path: Path, server: FakeServer) -> None:
+def lmms_eval(
+    folder: Path, server: FakeServer, *model_args: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The results and samples of lmms-eval's run of the example task, as docs/evaluation.md calls it."""
     python = interpreter("LMMS_EVAL_PYTHON")
-    write_captions(tmp_path / "captions.tsv")
+    write_captions(folder / "captions.tsv")
     call = [python, "-m", "lmms_eval", "--model", "openai", "--tasks", "local_captions", "--batch_size", "1"]
-    call += ["--model_args", f"base_url={server.url},model=only,timeout=600"]
-    call += [
-        "--include_path",
-        str(ROOT / "examples" / "lmms_eval"),
-        "--output_path",
-        str(tmp_path / "results"),
-    ]
+    call += ["--model_args", ",".join([f"base_url={server.url},model=only,timeout=600", *model_args])]
+    call += ["--include_path", str(ROOT / "examples" / "lmms_eval")]
+    call += ["--verbosity", "DEBUG", "--log_samples", "--output_path", str(folder / "results")]
     variables = {"OPENAI_API_KEY": "none", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(call, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True)
+    done = subprocess.run(call, cwd=folder, env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (file,) = (tmp_path / "results").rglob("*_results.json")
-    assert json.loads(file.read_text())["results"]["local_captions"]["CIDEr,none"] > 1
+    (results,) = (folder / "results").glob("*/*_results.json")
+    (samples,) = (folder / "results").glob("*/*_samples_local_captions.jsonl")
+    lines = samples.read_text().splitlines()
+    return json.loads(results.read_text())["results"]["local_captions"], list(map(json.loads, lines))
+
+
+def test_lmms_eval_itself_runs_the_example_task(tmp_path: Path, server: FakeServer) -> None:
+    results, samples = lmms_eval(tmp_path, server)
+    said = [sample["filtered_resps"] for sample in samples]
+    assert said == [f"A square of {colour} here" for colour in COLOURS]
+    assert results["CIDEr,none"] > 1
     assert len(server.requests) == 3
     assert set(server.texts()) == {"Provide a one-sentence caption for the provided image."}
+
+
+def test_lmms_eval_says_in_its_samples_alone_that_requests_failed(tmp_path: Path) -> None:
+    """The word that docs/evaluation.md looks for; the run itself counts as one that worked."""
+    with fake_server(lambda pictures, text: 400, "only") as refusing:
+        results, samples = lmms_eval(tmp_path, refusing, "max_retries=1")
+    assert results["CIDEr,none"] == 0
+    assert all("LMMS_EVAL_REQUEST_FAILED" in sample["filtered_resps"] for sample in samples)
+    assert len(samples) == len(refusing.requests) == len(COLOURS)

@@ -54,6 +54,10 @@ class CheckingParser(MultiModalDataParser):
         self.image = image
 
     def _parse_image_data(self, data: Any) -> ModalityDataItems[Any, Any] | None:
+        if isinstance(data, Mapping):
+            # vLLM would take the names of its tensors for pictures.
+            sentence = "image_embeds of an image is an object; give one tensor, saved by torch, in base64"
+            raise VLLMValidationError(sentence, parameter="image_embeds", value="object")
         items = super()._parse_image_data(data)
         if isinstance(items, ImageEmbeddingItems):
             return ImageEmbeddingItems([self.image.embeddings(given) for given in items.get_all()])
