@@ -173,3 +173,9 @@ def test_sources_that_do_not_compile_are_one_sentence(source: Path, messages: li
     assert "\n" not in said and said.startswith("tiny_extension could not be compiled (")
     assert "not here" in said and "vllm-hybrid doctor" in said
     assert refused.value.__cause__ is not None
+
+
+def test_headers_at_another_path_are_another_build(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = cpu_build._build_folder("x", [source], [])
+    monkeypatch.setattr("torch.utils.cpp_extension.include_paths", lambda: ["/elsewhere/include"])
+    assert cpu_build._build_folder("x", [source], []) != here

@@ -125,7 +125,9 @@ def _build_folder(name: str, sources: Sequence[Path], flags: list[str]) -> Path:
     from torch.utils import cpp_extension
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    digest = hashlib.sha256("\0".join([torch.__version__, sys.version, *flags]).encode())
+    # Where headers are is in the compiler's command line, and another one would compile anew in the same folder.
+    made_with = [torch.__version__, sys.version, *cpp_extension.include_paths(), *flags]
+    digest = hashlib.sha256("\0".join(made_with).encode())
     headers = sorted({header for source in sources for header in source.parent.glob("*.h")})
     for file in [*sources, *headers]:
         digest.update(str(file).encode() + b"\0" + file.read_bytes())
