@@ -10,7 +10,7 @@ import typer
 
 from vllm_hybrid import __version__
 from vllm_hybrid.doctor.command import doctor
-from vllm_hybrid.environment.faults import ADVICE, environment_fault
+from vllm_hybrid.environment.last_words import last_words
 from vllm_hybrid.errors import one_line
 from vllm_hybrid.evaluation.command import evaluate
 from vllm_hybrid.tools.progress import progress as _progress
@@ -58,11 +58,10 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        fault = environment_fault(error)
-        if fault is None and not isinstance(error, ValueError | OSError):
+        sentence = last_words(error)
+        if sentence is None and not isinstance(error, ValueError | OSError):
             raise
-        sentence = one_line(error) if fault is None else f"{fault}; {ADVICE}"
-        print(f"vllm-hybrid: error: {sentence}", file=sys.stderr)
+        print(f"vllm-hybrid: error: {sentence or one_line(error)}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

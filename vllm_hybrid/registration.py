@@ -8,7 +8,7 @@ from vllm_hybrid.checkpoint.llava import ARCHITECTURE
 from vllm_hybrid.environment.faults import ADVICE
 from vllm_hybrid.startup import refusal, versions
 
-# Set to anything, it switches off this plugin and no other, which VLLM_PLUGINS cannot.
+# Unless it is 0 or empty, it switches off this plugin and no other, which VLLM_PLUGINS cannot.
 DISABLED = "VLLM_HYBRID_DISABLED"
 
 
@@ -17,7 +17,7 @@ def register() -> None:
 
     vLLM calls this for every model of the environment, so nothing that is wrong here may end another's start.
     """
-    if os.environ.get(DISABLED):
+    if os.environ.get(DISABLED, "0") not in ("", "0"):
         refusal.register(
             f"vllm-hybrid is switched off ({DISABLED}={os.environ[DISABLED]}); unset the variable"
         )

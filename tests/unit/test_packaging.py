@@ -90,6 +90,9 @@ def test_the_plugin_alone_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("VLLM_HYBRID_DISABLED", "1")
     registration.register()
     assert calls == ["vllm-hybrid is switched off (VLLM_HYBRID_DISABLED=1); unset the variable"]
+    monkeypatch.setenv("VLLM_HYBRID_DISABLED", "0")
+    registration.register()
+    assert calls[1:] == ["registered"]
 
 
 @on_cpu_build
