@@ -125,7 +125,7 @@ def _build_folder(name: str, sources: Sequence[Path], flags: list[str]) -> Path:
     from torch.utils import cpp_extension
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    # The compiler's command line names the folders of headers: with others it compiles anew where it did before.
+    # The command line names the folders of headers: with others the compiler would begin anew in this folder.
     made_with = [torch.__version__, sys.version, *cpp_extension.include_paths(), *flags]
     digest = hashlib.sha256("\0".join(made_with).encode())
     headers = sorted({header for source in sources for header in source.parent.glob("*.h")})
