@@ -44,10 +44,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         # A connection is how a test knows a process, so none may end while nobody asks.
         environment.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "86400")
         running = Server(checkpoint(), log, section(), "--api-server-count=2")
-    try:
-        yield running.ready()
-    finally:
-        running.kill()
+    with running:
+        yield running
 
 
 class Process:

@@ -34,10 +34,8 @@ def section() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = Server(checkpoint(), tmp_path_factory.mktemp("levels") / "log", section())
-    try:
-        yield running.ready()
-    finally:
-        running.kill()
+    with running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -43,10 +43,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         # What empties caches is offered to developers only.
         environment.setenv("VLLM_SERVER_DEV_MODE", "1")
         running = Server(checkpoint(), log, hybrid_section("both"), *options)
-    try:
-        yield running.ready()
-    finally:
-        running.kill()
+    with running:
+        yield running
 
 
 @pytest.fixture(scope="module")
