@@ -31,6 +31,7 @@ readonly TESTS=(
   tests/engine/test_levels.py
   tests/engine/test_v2_runner.py
   tests/engine/test_tensor_parallel.py
+  tests/engine/test_quantised.py
   tests/server/test_levels.py
 )
 
