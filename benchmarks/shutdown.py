@@ -26,10 +26,12 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoint import data_url  # noqa: E402
-from benchmarks.vllm_server import VllmServer  # noqa: E402
+from benchmarks.vllm_server import VllmServer, events  # noqa: E402
 
 NAME = "shutdown"
 SERVERS: dict[str, dict[str, Any]] = {
@@ -98,10 +100,7 @@ class Client:
         if answer.status != 200:
             return f"status {answer.status}: {json.loads(answer.read())['error']['message'][:60]}"
         reason = None
-        for line in answer:
-            data = line.decode().partition("data: ")[2].strip()
-            if not data:
-                continue
+        for data in events(answer):
             if data == "[DONE]":
                 return f"stream ended, finish_reason {reason}"
             piece = json.loads(data)
@@ -144,17 +143,15 @@ class Stop:
 def processes(group: int) -> list[int]:
     """Processes of a session that have not ended."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == group and fields[0] != "Z":
-                    found.append(int(entry.name))
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
     return found
 
 
 def shared_memory(pids: Sequence[int]) -> set[str]:
-    """Files in /dev/shm that some processes have open or mapped."""
+    """Files in /dev/shm that some processes have mapped."""
     found = set()
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
@@ -119,9 +119,8 @@ class VllmServer:
 
         """
         with urllib.request.urlopen(self._request(path, content)) as answer:
-            for line in answer:
-                data = line.decode().partition("data: ")[2].strip()
-                if not data or data == "[DONE]":
+            for data in events(answer):
+                if data == "[DONE]":
                     continue
                 piece = json.loads(data)
                 if "error" in piece:
@@ -157,6 +156,13 @@ class VllmServer:
     def _get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path) as answer:
             return answer.read().decode()
+
+
+def events(answer: Iterable[bytes]) -> Iterator[str]:
+    """The data of a stream's events, each as it comes."""
+    for line in answer:
+        if data := line.decode().partition("data: ")[2].strip():
+            yield data
 
 
 def reduced(metrics: str, level: str | None = None) -> dict[str, float]:

@@ -49,24 +49,6 @@ check_sentences() {
   done
 }
 
-ask() {
-  "$BIN/python" - "$1" "$WORK/model/pictures/scene-5.png" <<'PYTHON'
-import base64, sys
-from openai import OpenAI
-
-url, picture = sys.argv[1:]
-data = base64.b64encode(open(picture, "rb").read()).decode()
-image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}", "detail": "low"}}
-question = {"type": "text", "text": "Where is the white circle?"}
-client = OpenAI(base_url=url, api_key="none", timeout=None)
-model = client.models.list().data[0].id
-answer = client.chat.completions.create(
-    model=model, max_tokens=16, temperature=0, messages=[{"role": "user", "content": [image, question]}]
-)
-print("test_install: asked where the white circle is, it says:", answer.choices[0].message.content.strip())
-PYTHON
-}
-
 serve_and_ask() {
   local port log=$WORK/server.log
   port=$("$BIN/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -77,7 +59,8 @@ serve_and_ask() {
     sleep 1
   done
   grep -o "vllm-hybrid: .*" "$log" | cut -c1-160
-  ask "http://127.0.0.1:$port/v1"
+  BASE_URL=http://127.0.0.1:$port "$BIN/python" "$ROOT/examples/demo.py" --detail low \
+    --picture "$WORK/model/pictures/scene-5.png" --question "Where is the white circle?"
 }
 
 [[ -x .venv/bin/python ]] || die ".venv is missing: run make setup"

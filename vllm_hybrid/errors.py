@@ -8,6 +8,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def last_line(text: str) -> str:
+    """The last line of a program's output that says something; "" without one."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
 def abbreviated(text: str) -> str:
     """A text on one line of at most 60 characters."""
     text = " ".join(text.split())

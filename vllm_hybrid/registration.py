@@ -17,10 +17,9 @@ def register() -> None:
 
     vLLM calls this for every model of the environment, so nothing that is wrong here may end another's start.
     """
-    if os.environ.get(DISABLED, "0") not in ("", "0"):
-        refusal.register(
-            f"vllm-hybrid is switched off ({DISABLED}={os.environ[DISABLED]}); unset the variable"
-        )
+    disabled = os.environ.get(DISABLED, "0")
+    if disabled not in ("", "0"):
+        refusal.register(f"vllm-hybrid is switched off ({DISABLED}={disabled}); unset the variable")
         return
     try:
         versions.check()

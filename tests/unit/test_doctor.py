@@ -10,19 +10,18 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import typer
 
 from tests.support.paths import ROOT
+from tests.support.pretended_versions import pretend_installed
 from tests.support.tiny_checkpoints import write_checkpoint
 from vllm_hybrid.doctor import command, compilers, cuda, fresh, libraries, plugin, stand_in
 from vllm_hybrid.doctor.checkpoint import look_at
 from vllm_hybrid.doctor.finding import Finding
 from vllm_hybrid.doctor.installed import Environment, Torch
-from vllm_hybrid.startup import versions
 
 CPU_TORCH = Torch("2.13.0+cpu", None, "")
 CUDA_TORCH = Torch("2.11.0", "13.0", "")
@@ -51,12 +50,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pretended]:
     def make(
         installed: Mapping[str, str], torch: Torch = CPU_TORCH, modules: tuple[str, ...] = ()
     ) -> Pretended:
-        def lookup(name: str) -> str:
-            if name not in installed:
-                raise PackageNotFoundError(name)
-            return installed[name]
-
-        monkeypatch.setattr(versions, "version", lookup)
+        pretend_installed(monkeypatch, installed)
         return Pretended(installed, torch, modules)
 
     return make
@@ -264,18 +258,16 @@ def test_a_checkpoint_is_looked_at(tmp_path: Path) -> None:
         (fresh.Ran(None, "no"), "gap  plugin: vLLM cannot be imported (no): close the gaps above first"),
     ],
 )
-def test_what_vllm_makes_of_the_plugin(
-    monkeypatch: pytest.MonkeyPatch, pretend: Callable[..., Pretended], ran: fresh.Ran, line: str
-) -> None:
+def test_what_vllm_makes_of_the_plugin(monkeypatch: pytest.MonkeyPatch, ran: fresh.Ran, line: str) -> None:
     monkeypatch.setattr(fresh, "run", lambda code: ran)
-    (finding,) = plugin.check_plugin(pretend({"vllm": "0.32.0"}))
+    (finding,) = plugin.check_plugin()
     assert finding.line == line
 
 
 @pytest.mark.engine
 def test_vllm_is_asked_whether_it_loads_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_HYBRID_DISABLED", "1")
-    (finding,) = plugin.check_plugin(Environment())
+    (finding,) = plugin.check_plugin()
     assert finding.gap == "vllm-hybrid is switched off (VLLM_HYBRID_DISABLED=1); unset the variable"
 
 
@@ -290,7 +282,7 @@ def examine(monkeypatch: pytest.MonkeyPatch, *findings: Finding, fix: bool, inst
     monkeypatch.setattr(command, "CHECKS", (around,))
     monkeypatch.setattr(command, "check_around_torch", around)
     monkeypatch.setattr(command, "check_name", lambda _: [])
-    monkeypatch.setattr(command, "check_plugin", lambda _: [Finding("plugin", "fine")])
+    monkeypatch.setattr(command, "check_plugin", lambda: [Finding("plugin", "fine")])
     monkeypatch.setattr(command, "Environment", lambda: environment)
     monkeypatch.setattr(stand_in, "install", lambda names, _: fixed.extend(names))
     command.doctor(None, fix)

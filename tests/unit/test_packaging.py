@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, distribution, entry_points, files, version
+from importlib.metadata import distribution, entry_points, files, version
 
 import pytest
 import torch
 
+from tests.support.pretended_versions import pretend_installed
 from vllm_hybrid import registration
 from vllm_hybrid.startup import refusal, versions
 
@@ -20,15 +21,6 @@ def python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
-
-
-def pretend_installed(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
-    def lookup(name: str) -> str:
-        if name not in installed:
-            raise PackageNotFoundError(name)
-        return installed[name]
-
-    monkeypatch.setattr(versions, "version", lookup)
 
 
 @pytest.mark.parametrize("number", ["0.32.0", "0.32.7", "0.32.0+cpu", "0.32.1rc1", "0.33.0", "0.33.1"])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from vllm_hybrid.environment.compilers import first_error
 from vllm_hybrid.environment.faults import ADVICE
 from vllm_hybrid.environment.waits import announced_wait
 from vllm_hybrid.errors import one_line
@@ -89,8 +90,7 @@ def _load(name: str, sources: Sequence[Path], flags: list[str], folder: Path) ->
         )
     except RuntimeError as error:
         # All that the compiler said stands in the error's cause.
-        errors = [line for line in str(error).splitlines() if "error:" in line]
-        reason = one_line(RuntimeError(errors[0])) if errors else one_line(error)
+        reason = first_error(str(error)) or one_line(error)
         raise RuntimeError(f"{name} could not be compiled ({reason}); {ADVICE}") from error
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from vllm_hybrid.checkpoint.image_processor import load_image_processor
 from vllm_hybrid.checkpoint.processor_files import check_image_processor, check_processor_files
 from vllm_hybrid.checkpoint.weights import check_weights, empty_model, tower_tensors
+from vllm_hybrid.config import HybridConfig
 from vllm_hybrid.errors import one_line
 from vllm_hybrid.files import read_json_object
 from vllm_hybrid.method.clip_tower import executed_layers
@@ -170,6 +171,13 @@ def check_shape(config: Any) -> None:
 def merging_layers(config: Any) -> int:
     """CLIP layers that run for the configuration's feature layer, so how many thresholds there are."""
     return executed_layers(config.vision_config.num_hidden_layers, config.vision_feature_layer)
+
+
+def parse_hybrid(section: object, config: Any) -> HybridConfig:
+    """A ``hybrid`` section validated for a ``LlavaConfig``, see :meth:`HybridConfig.parse`."""
+    return HybridConfig.parse(
+        section, vision_layers=merging_layers(config), decoder_layers=config.text_config.num_hidden_layers
+    )
 
 
 def load_tower(checkpoint: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Any]:

@@ -34,16 +34,11 @@ def look_at(folder: str) -> tuple[str, bool]:
 
     """
     from vllm_hybrid.checkpoint import llava
-    from vllm_hybrid.config import HybridConfig
     from vllm_hybrid.errors import one_line
 
     try:
         config = llava.check_checkpoint(folder)
-        hybrid = HybridConfig.parse(
-            getattr(config, "hybrid", None),
-            vision_layers=llava.merging_layers(config),
-            decoder_layers=config.text_config.num_hidden_layers,
-        )
+        hybrid = llava.parse_hybrid(getattr(config, "hybrid", None), config)
     except (ValueError, OSError) as error:
         return one_line(error), False
     return hybrid.in_words(), True

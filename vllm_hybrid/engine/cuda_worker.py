@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_hybrid.engine.worker import StepReports
 from vllm_hybrid.environment.waits import announced_wait
+
+COMPILING_TOWER = "profiling, in which Triton compiles the vision tower's kernels"
 
 
 class HybridCUDAWorker(StepReports, Worker):
@@ -21,10 +24,9 @@ class HybridCUDAWorker(StepReports, Worker):
 
     def determine_available_memory(self) -> int:
         """As vLLM does; its run with pictures is the first that launches the tower's kernels."""
-        if self.model_runner.get_model().hybrid.merges:
-            with announced_wait("profiling, in which Triton compiles the vision tower's kernels"):
-                return super().determine_available_memory()
-        return super().determine_available_memory()
+        merges = self.model_runner.get_model().hybrid.merges
+        with announced_wait(COMPILING_TOWER) if merges else nullcontext():
+            return super().determine_available_memory()
 
     def _maybe_activate_jit_monitor(self) -> None:
         """From here on vLLM reports whatever is compiled, and ends where it is told to."""

@@ -69,5 +69,9 @@ def _gap(compiler: str, source: str, suffix: str, *flags: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return ""
-    errors = [line for line in done.stderr.splitlines() if "error" in line]
-    return f"it cannot compile ({' '.join((errors or ['no message'])[0].split())})"
+    return f"it cannot compile ({first_error(done.stderr) or 'no message'})"
+
+
+def first_error(output: str) -> str:
+    """The first error that a compiler reports, on one line; "" without one."""
+    return next((" ".join(line.split()) for line in output.splitlines() if "error:" in line), "")

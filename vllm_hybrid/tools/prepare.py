@@ -23,6 +23,7 @@ from vllm_hybrid.checkpoint.llava import (
     load_config,
     load_tower,
     merging_layers,
+    parse_hybrid,
     read_config,
 )
 from vllm_hybrid.checkpoint.weights import weight_files
@@ -110,7 +111,7 @@ def prepare(
     others = {"fastv_layer": fastv_layer, "detail": held.get("detail"), "assistant_header": header}
     beside = {key: value for key, value in others.items() if value is not None}
     section = section_of(levels if images is None else _standing_in(levels, config), default) | beside
-    parsed = _parse(section, config)
+    parsed = parse_hybrid(section, config)
     if fastv_layer is not None and not parsed.prunes:
         raise ValueError(
             f"--fastv-layer {fastv_layer} has no effect without --fastv-ratio; give --fastv-ratio too"
@@ -125,7 +126,7 @@ def prepare(
             fastv_ratio=fastv_ratio,
         )
         section = section_of(calibration.levels, default) | beside
-        parsed = _parse(section, config)
+        parsed = parse_hybrid(section, config)
 
     with complete_folder(target, force) as folder:
         _link_or_copy(source, files, folder)
@@ -298,12 +299,6 @@ def _header(source: Path, text: str | None) -> Any:
         sentence = f"left out hybrid.assistant_header: {error}, or give --assistant-header"
         warnings.warn(sentence, Notice, stacklevel=3)
         return None
-
-
-def _parse(section: dict[str, Any], config: Any) -> HybridConfig:
-    return HybridConfig.parse(
-        section, vision_layers=merging_layers(config), decoder_layers=config.text_config.num_hidden_layers
-    )
 
 
 def _overlap(first: Path, second: Path) -> bool:

@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vllm_hybrid.checkpoint.image_processor import check_size, load_image_processor
-from vllm_hybrid.checkpoint.llava import ARCHITECTURE, check_checkpoint, load_config, merging_layers
-from vllm_hybrid.config import HybridConfig
+from vllm_hybrid.checkpoint.llava import ARCHITECTURE, check_checkpoint, load_config, parse_hybrid
 from vllm_hybrid.levels import FULL, REQUEST_LEVEL, Level
 from vllm_hybrid.tools.pictures import to_rgb
 from vllm_hybrid.tools.regions import enlarged, kept_regions, merged_regions, side_by_side
@@ -88,11 +87,7 @@ def _level_to_show(checkpoint: str | Path, config: Any, name: str | None) -> Lev
             f"{checkpoint} has a hybrid section, but not the architecture {ARCHITECTURE}; make one with "
             "prepare"
         )
-    hybrid = HybridConfig.parse(
-        config.hybrid,
-        vision_layers=merging_layers(config),
-        decoder_layers=config.text_config.num_hidden_layers,
-    )
+    hybrid = parse_hybrid(config.hybrid, config)
     if not hybrid.active:
         raise ValueError(
             f"the hybrid section of {checkpoint} switches nothing on, so there is nothing to show; make one "
